@@ -1,0 +1,9 @@
+"""Gradient reversal for JAX: the identity forward, minus scale times the gradient."""
+
+from ._domain_metrics import domain_accuracy as domain_accuracy
+from ._domain_metrics import domain_loss as domain_loss
+from ._gradient_reversal import gradient_reversal as gradient_reversal
+from ._schedules import dann_learning_rate as dann_learning_rate
+from ._schedules import dann_schedule as dann_schedule
+
+__version__ = "0.1.0"

@@ -1,0 +1,297 @@
+"""The gradient reversal layer: the identity forward, minus scale times the gradient."""
+
+import functools
+import numbers
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ._dtypes import at_least_float32
+
+T = TypeVar("T")
+
+# A real number, an array of real numbers, or a pytree prefix of x with one per subtree.
+ScaleLike = Any
+_SCALE_RULE = (
+    "`scale` must be a real number, an array of real numbers, or a pytree prefix of "
+    "`x` that holds them"
+)
+
+
+def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = False) -> T:
+    """Returns ``x`` unchanged and multiplies its gradient by ``-scale``.
+
+    Forward, ``R(x) = x``: bit for bit, for inf, nan and -0.0 too, and nothing is left
+    of it in a compiled program. Backward, ``dR/dx = -scale * I``, at every order of
+    differentiation: the second derivative of ``f(R(x))`` is ``scale**2 * f''``.
+    ``scale`` itself never receives a gradient.
+
+    Args:
+      x: An array, or any pytree. Floating and complex leaves of any shape are
+        reversed; leaves of any other kind (integers, booleans, PRNG keys, None,
+        strings) pass through untouched.
+      scale: The strength of the reversal, the paper's lambda. May be traced, so that a
+        schedule does not recompile anything. One of
+
+        - a real number, or an array of shape ``()``;
+        - one value per example: an array whose axes align with the *leading* axes of
+          every reversed leaf and are each equal to that leaf's or 1, such as
+          ``(batch,)``, ``(batch, 1)`` or ``(1, features)`` for ``(batch, features)``;
+        - a pytree prefix of ``x`` holding any of these, one per subtree;
+        - an ``nnx.Variable`` that holds one.
+
+        Any real value is legal: 0 sends nothing back, a negative value scales without
+        reversing, and -1 is the plain identity. With 0, a gradient that is not finite
+        arrives as nan, since ``0 * inf`` is nan.
+      forward_mode: False leaves the pseudo-derivative to reverse mode, and forward mode
+        (``jvp``, ``jacfwd``, ``linearize``) raises JAX's TypeError about
+        ``custom_vjp``. True defines forward mode as ``-scale * tangent`` too.
+
+    Returns:
+      A pytree like ``x``, with the same values, shapes and dtypes. The gradient has the
+      dtype of ``x`` whatever the dtype of ``scale``: the product is computed in float32
+      or wider and rounded once.
+
+    Raises:
+      TypeError: If ``scale`` is complex, None, a string, or neither a number, an array
+        nor a pytree prefix of ``x``; or if a leaf of ``x`` has a floating dtype without
+        a sign (float8_e8m0fnu), or is a mutable reference.
+      ValueError: If the shape of ``scale`` does not align with a reversed leaf, or if
+        on a mesh with Explicit axes the two are sharded differently.
+
+    Example:
+      >>> import jax
+      >>> from jaxgrl import gradient_reversal
+      >>> def loss(x, scale):
+      ...     return gradient_reversal(x, scale) ** 2
+      >>> print(loss(3.0, 0.5), jax.grad(loss)(3.0, 0.5))
+      9.0 -3.0
+
+    References:
+      Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, ICML 2015,
+      https://proceedings.mlr.press/v37/ganin15.html
+    """
+    scale = _as_array(scale)
+    if _is_leaf(scale):
+        scale = _as_real(scale)
+        return jax.tree.map(lambda leaf: _reverse_leaf(leaf, scale, forward_mode), x)
+    return jax.tree.map(
+        lambda leaf, s: _reverse_leaf(leaf, s, forward_mode),
+        x,
+        _broadcast_prefix(scale, x),
+    )
+
+
+def _is_wrapped(value: Any) -> bool:
+    """Whether value stands for an array without being one, as nnx.Variable does."""
+    # Tracers have the attribute too, with the value None.
+    return getattr(value, "__jax_array__", None) is not None
+
+
+def _as_array(value: Any) -> Any:
+    return value.__jax_array__() if _is_wrapped(value) else value
+
+
+def _is_leaf(scale: Any) -> bool:
+    # None is a leaf here, to be refused: as a prefix it would match no leaf at all.
+    return (
+        isinstance(scale, numbers.Number)
+        or hasattr(scale, "dtype")
+        or scale is None
+        or jax.tree_util.all_leaves([scale])
+    )
+
+
+def _as_real(scale: Any) -> Any:
+    """Returns one scale, checked, as a float or an array."""
+    if isinstance(scale, numbers.Real):
+        # One Python type, so that 1, True and 1.0 share one trace.
+        return float(scale)
+    dtype = getattr(scale, "dtype", None)
+    if dtype is not None and _is_real(dtype) and hasattr(scale, "__array__"):
+        return scale
+    shown = repr(scale) if dtype is None else f"{dtype}{list(jnp.shape(scale))}"
+    raise TypeError(f"{_SCALE_RULE}, got {shown}.")
+
+
+def _broadcast_prefix(scale: Any, x: Any) -> Any:
+    """Returns the pytree prefix scale, checked, with one scale for each leaf of x."""
+    scale = jax.tree.map(
+        lambda s: _as_real(_as_array(s)), scale, is_leaf=_is_wrapped
+    )
+    try:
+        return jax.tree.broadcast(scale, x)
+    except ValueError as error:
+        raise TypeError(
+            f"{_SCALE_RULE}, got {jax.tree.structure(scale)} for `x` with "
+            f"{jax.tree.structure(x)}. One value per example is an array, not a list."
+        ) from error
+
+
+def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
+    x = _as_array(leaf)
+    dtype = getattr(x, "dtype", None)
+    if dtype is None or not _is_reversible(dtype):
+        return leaf
+    if isinstance(x, jax.Ref):
+        raise TypeError(
+            f"`x` must not hold a mutable reference, got {jax.typeof(x)}. Pass the "
+            "value it holds, `x[...]`."
+        )
+    if not isinstance(scale, float):
+        _check_aligned(scale, x)
+    if not isinstance(x, jax.core.Tracer):
+        # Nothing differentiates a value that no transformation is tracing.
+        return leaf
+    try:
+        return _inlined(x, scale, forward_mode, isinstance(scale, jax.core.Tracer))
+    except TypeError as error:
+        if "custom_vjp" in str(error):
+            error.add_note(
+                "gradient_reversal(..., forward_mode=True) defines forward mode."
+            )
+        raise
+
+
+@functools.cache
+def _is_real(dtype: Any) -> bool:
+    return any(
+        jax.dtypes.issubdtype(dtype, kind)
+        for kind in (jnp.floating, jnp.integer, jnp.bool_)
+    )
+
+
+@functools.cache
+def _is_reversible(dtype: Any) -> bool:
+    if not jax.dtypes.issubdtype(dtype, jnp.inexact):
+        return False
+    # float(): zero itself does not exist in the dtype that this is about.
+    if float(jnp.finfo(dtype).min) >= 0:
+        raise TypeError(
+            "`x` must have a dtype that can hold a negative gradient, got "
+            f"{dtype}, which has no sign."
+        )
+    return True
+
+
+def _check_aligned(scale: Any, x: Any) -> None:
+    """Raises ValueError unless scale aligns with x on leading axes."""
+    shape, x_shape = jnp.shape(scale), jnp.shape(x)
+    fits = len(shape) <= len(x_shape) and all(
+        s == n or s == 1 for s, n in zip(shape, x_shape)
+    )
+    if not fits:
+        raise ValueError(
+            "`scale` must be a scalar or align with the leading axes of `x`, each of "
+            f"its axes equal to that of `x` or 1, got shape {shape} for `x` of shape "
+            f"{x_shape}. {_what_fits(x_shape)}"
+        )
+    if not shape:
+        return
+    spec, x_spec = (tuple(jax.typeof(a).sharding.spec) for a in (scale, x))
+    if any(s is not None and s != n for s, n in zip(spec, x_spec)):
+        raise ValueError(
+            "`scale` must be sharded like the leading axes of `x` or replicated, got "
+            f"PartitionSpec{spec} for `x` with PartitionSpec{x_spec}. Mend it with "
+            "jax.sharding.reshard."
+        )
+
+
+def _what_fits(x_shape: tuple[Any, ...]) -> str:
+    if not x_shape:
+        return "Only a scalar fits."
+    ones = (1,) * (len(x_shape) - 1)
+    shapes = dict.fromkeys(((), x_shape[:1], (x_shape[0], *ones), x_shape))
+    return f"Shapes that fit: {', '.join(str(s) for s in shapes)}."
+
+
+# jit caches the trace of the rule per shape: an eager call costs microseconds instead of
+# hundreds, and tracing a model is shorter. Without inline=True it would stay a boundary
+# in the gradient program that keeps XLA from fusing across it (test_nothing_is_left...).
+# Its name is what profiles show.
+def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool):
+    # Without this, a scale that is differentiated would reach the rule as a tangent.
+    scale = lax.stop_gradient(scale)
+    if tied:
+        x = _tie(x, scale)
+    scale = lax.convert_element_type(scale, _product_dtype(x, scale))
+    # Singleton axes, never a broadcast: a residual is no larger than scale.
+    scale = lax.expand_dims(scale, range(scale.ndim, x.ndim)) if scale.ndim else scale
+    return _forward_rule(x, scale) if forward_mode else _reverse_rule(x, scale)
+
+
+_gradient_reversal.__name__ = "gradient_reversal"
+_inlined = jax.jit(_gradient_reversal, static_argnums=(2, 3), inline=True)
+
+
+def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns x, as batched and as varying over a mesh as scale is.
+
+    Where scale is mapped and x is shared, the output of the rule would stay unbatched
+    and its cotangents be summed before the rule, which is then applied once for every
+    example: wrong, and silent. The select has one case, so nothing of it is compiled,
+    and its transpose sums where it must. Its index is an int because a one-case bool
+    select has no transpose on JAX 0.10.
+    """
+    index = lax.convert_element_type(scale, jnp.int32) * 0
+    if index.ndim:
+        index = jnp.sum(index, dtype=jnp.int32)
+    return lax.select_n(index, x)
+
+
+def _product_dtype(x: jax.Array, scale: jax.Array) -> Any:
+    """Returns a real dtype, float32 or wider, in which scale * x rounds only once."""
+    if jax.typeof(scale).weak_type:
+        # A Python number must not widen float32 to float64.
+        return at_least_float32(x.dtype)
+    return at_least_float32(x.dtype, scale.dtype)
+
+
+def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns -scale * t, in the dtype of t."""
+    if jnp.iscomplexobj(t):
+        parts = (lax.convert_element_type(p, scale.dtype) for p in (t.real, t.imag))
+        product = lax.complex(*(-scale * p for p in parts))
+    else:
+        product = -scale * lax.convert_element_type(t, scale.dtype)
+    return lax.convert_element_type(product, t.dtype)
+
+
+@jax.custom_jvp
+def _forward_rule(x: jax.Array, scale: Any) -> jax.Array:
+    del scale
+    return x
+
+
+def _forward_rule_jvp(primals, tangents):
+    x, scale = primals
+    t, _ = tangents
+    # The rule itself, not x: derivatives of every order must pass through it.
+    y = _forward_rule(x, scale)
+    if isinstance(t, jax.custom_derivatives.SymbolicZero):
+        return y, t
+    return y, _reversed(t, scale)
+
+
+_forward_rule.defjvp(_forward_rule_jvp, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def _reverse_rule(x: jax.Array, scale: Any) -> jax.Array:
+    del scale
+    return x
+
+
+def _reverse_rule_fwd(x: jax.Array, scale: Any):
+    # The forward-mode twin: returning x would lose the rule in the second derivative,
+    # and _reverse_rule cannot be differentiated forward over reverse (hessian).
+    return _forward_rule(x, scale), scale
+
+
+def _reverse_rule_bwd(scale: Any, ct: jax.Array):
+    return _reversed(ct, scale), None
+
+
+_reverse_rule.defvjp(_reverse_rule_fwd, _reverse_rule_bwd)
