@@ -151,9 +151,7 @@ def _check_rows(
         )
 
 
-def _check_range(
-    domains: ArrayLike, where: ArrayLike | None, num_domains: int
-) -> None:
+def _check_range(domains: ArrayLike, where: ArrayLike | None, num_domains: int) -> None:
     """Raises ValueError for a domain out of range, where its value is known."""
     if any(isinstance(value, jax.core.Tracer) for value in (domains, where)):
         return

@@ -118,9 +118,7 @@ def _as_real(scale: Any) -> Any:
 
 def _broadcast_prefix(scale: Any, x: Any) -> Any:
     """Returns the pytree prefix scale, checked, with one scale for each leaf of x."""
-    scale = jax.tree.map(
-        lambda s: _as_real(_as_array(s)), scale, is_leaf=_is_wrapped
-    )
+    scale = jax.tree.map(lambda s: _as_real(_as_array(s)), scale, is_leaf=_is_wrapped)
     try:
         return jax.tree.broadcast(scale, x)
     except ValueError as error:
