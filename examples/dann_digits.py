@@ -255,7 +255,7 @@ def write_json(results, path):
 def parse_args():
     """Returns the options, checked."""
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n\n")[0],
+        description=str(__doc__).partition("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -310,7 +310,7 @@ def main():
                     curves.setdefault(name, []).append(values.tolist())
                 means = {k: f"{values.mean():.2f}" for k, values in metrics.items()}
                 bar.set_description(method, refresh=False)
-                bar.set_postfix(step=step, **means, refresh=False)
+                bar.set_postfix({"step": step, **means}, refresh=False)
                 bar.update(CHUNK)
                 if step == args.steps:
                     results["methods"][method], curves = curves, {}

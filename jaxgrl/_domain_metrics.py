@@ -1,8 +1,11 @@
 """The loss and the accuracy of a domain discriminator."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ._dtypes import at_least_float32
@@ -21,8 +24,8 @@ def domain_loss(
     domains this is half of the paper's sum of the source mean and the target mean.
 
     *Add* it to the label loss; the gradient reversal layer in front of the
-    discriminator does the subtracting, and only for the feature extractor. Do not weight
-    it with the reversal strength: that lives in the layer.
+    discriminator does the subtracting, and only for the feature extractor. Do not
+    weight it with the reversal strength: that lives in the layer.
 
     Args:
       logits: The discriminator's output before any sigmoid or softmax, floating:
@@ -140,7 +143,7 @@ def _checked(
 
 
 def _check_rows(
-    name: str, value: ArrayLike, batch: int, kinds: tuple[type, ...], kind: str
+    name: str, value: ArrayLike, batch: int, kinds: tuple[Any, ...], kind: str
 ) -> None:
     value = jnp.asarray(value)
     if not any(jnp.issubdtype(value.dtype, k) for k in kinds):
@@ -153,7 +156,7 @@ def _check_rows(
 
 def _check_range(domains: ArrayLike, where: ArrayLike | None, num_domains: int) -> None:
     """Raises ValueError for a domain out of range, where its value is known."""
-    if any(isinstance(value, jax.core.Tracer) for value in (domains, where)):
+    if any(isinstance(value, Tracer) for value in (domains, where)):
         return
     with jax.ensure_compile_time_eval():
         counted = jnp.asarray(domains).astype(jnp.int32)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 from ._dtypes import at_least_float32
 
@@ -140,11 +141,11 @@ def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
         )
     if not isinstance(scale, float):
         _check_aligned(scale, x)
-    if not isinstance(x, jax.core.Tracer):
+    if not isinstance(x, Tracer):
         # Nothing differentiates a value that no transformation is tracing.
         return leaf
     try:
-        return _inlined(x, scale, forward_mode, isinstance(scale, jax.core.Tracer))
+        return _inlined(x, scale, forward_mode, isinstance(scale, Tracer))
     except TypeError as error:
         if "custom_vjp" in str(error):
             error.add_note(
@@ -156,14 +157,13 @@ def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
 @functools.cache
 def _is_real(dtype: Any) -> bool:
     return any(
-        jax.dtypes.issubdtype(dtype, kind)
-        for kind in (jnp.floating, jnp.integer, jnp.bool_)
+        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
     )
 
 
 @functools.cache
 def _is_reversible(dtype: Any) -> bool:
-    if not jax.dtypes.issubdtype(dtype, jnp.inexact):
+    if not jnp.issubdtype(dtype, jnp.inexact):
         return False
     # float(): zero itself does not exist in the dtype that this is about.
     if float(jnp.finfo(dtype).min) >= 0:
@@ -178,7 +178,7 @@ def _check_aligned(scale: Any, x: Any) -> None:
     """Raises ValueError unless scale aligns with x on leading axes."""
     shape, x_shape = jnp.shape(scale), jnp.shape(x)
     fits = len(shape) <= len(x_shape) and all(
-        s == n or s == 1 for s, n in zip(shape, x_shape)
+        s == n or s == 1 for s, n in zip(shape, x_shape, strict=False)
     )
     if not fits:
         raise ValueError(
@@ -189,7 +189,7 @@ def _check_aligned(scale: Any, x: Any) -> None:
     if not shape:
         return
     spec, x_spec = (tuple(jax.typeof(a).sharding.spec) for a in (scale, x))
-    if any(s is not None and s != n for s, n in zip(spec, x_spec)):
+    if any(s is not None and s != n for s, n in zip(spec, x_spec, strict=False)):
         raise ValueError(
             "`scale` must be sharded like the leading axes of `x` or replicated, got "
             f"PartitionSpec{spec} for `x` with PartitionSpec{x_spec}. Mend it with "
@@ -205,11 +205,7 @@ def _what_fits(x_shape: tuple[Any, ...]) -> str:
     return f"Shapes that fit: {', '.join(str(s) for s in shapes)}."
 
 
-# jit caches the trace of the rule per shape: an eager call costs microseconds instead of
-# hundreds, and tracing a model is shorter. Without inline=True it would stay a boundary
-# in the gradient program that keeps XLA from fusing across it (test_nothing_is_left...).
-# Its name is what profiles show.
-def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool):
+def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool) -> Any:
     # Without this, a scale that is differentiated would reach the rule as a tangent.
     scale = lax.stop_gradient(scale)
     if tied:
@@ -220,6 +216,9 @@ def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool)
     return _forward_rule(x, scale) if forward_mode else _reverse_rule(x, scale)
 
 
+# jit caches the trace of the rule per shape, which makes tracing a model shorter.
+# Without inline=True it would stay a boundary in the gradient program that keeps XLA
+# from fusing across it (benchmarks/overhead.py). Profiles show it by its name.
 _gradient_reversal.__name__ = "gradient_reversal"
 _inlined = jax.jit(_gradient_reversal, static_argnums=(2, 3), inline=True)
 
@@ -263,7 +262,7 @@ def _forward_rule(x: jax.Array, scale: Any) -> jax.Array:
     return x
 
 
-def _forward_rule_jvp(primals, tangents):
+def _forward_rule_jvp(primals: Any, tangents: Any) -> Any:
     x, scale = primals
     t, _ = tangents
     # The rule itself, not x: derivatives of every order must pass through it.
@@ -282,13 +281,13 @@ def _reverse_rule(x: jax.Array, scale: Any) -> jax.Array:
     return x
 
 
-def _reverse_rule_fwd(x: jax.Array, scale: Any):
+def _reverse_rule_fwd(x: jax.Array, scale: Any) -> Any:
     # The forward-mode twin: returning x would lose the rule in the second derivative,
     # and _reverse_rule cannot be differentiated forward over reverse (hessian).
     return _forward_rule(x, scale), scale
 
 
-def _reverse_rule_bwd(scale: Any, ct: jax.Array):
+def _reverse_rule_bwd(scale: Any, ct: jax.Array) -> Any:
     return _reversed(ct, scale), None
 
 

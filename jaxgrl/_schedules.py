@@ -89,7 +89,7 @@ def dann_learning_rate(
 
         learning_rate = init_value / (1 + alpha * p) ** beta
 
-    It is exactly ``init_value`` at step 0, and 0.166 of it at the end with the defaults.
+    It is exactly ``init_value`` at step 0 and, by default, 0.166 of it at the end.
 
     Args:
       init_value: The learning rate at the start, 0.01 in the paper. A number, or a

@@ -22,7 +22,7 @@ class GradientReversal(nn.Module):
     - ``layer(x, scale)``, at call time: for a schedule, or any array. It may be traced,
       and wins over the attribute.
     - ``GradientReversal(scale=0.5)``, a Python number: for a constant. Linen hashes
-      attributes, so that each new value traces anew and an array fails under ``nn.jit``.
+      attributes: each new value traces anew, and an array fails under ``nn.jit``.
 
     Attributes:
       scale: The strength of the reversal, a number.
