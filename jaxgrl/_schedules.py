@@ -16,8 +16,8 @@ Schedule = Callable[[ArrayLike], jax.Array]
 def dann_schedule(
     transition_steps: int,
     gamma: float = 10.0,
-    init_value: float = 0.0,
-    end_value: float = 1.0,
+    init_value: ArrayLike = 0.0,
+    end_value: ArrayLike = 1.0,
     transition_begin: int = 0,
 ) -> Schedule:
     """Returns the schedule by which DANN turns the reversal on, from 0 to 1.
@@ -78,7 +78,7 @@ def dann_schedule(
 
 
 def dann_learning_rate(
-    init_value: float,
+    init_value: ArrayLike,
     transition_steps: int,
     alpha: float = 10.0,
     beta: float = 0.75,

@@ -1,4 +1,4 @@
-"""The ways in which a gradient reversal that looks right is wrong, one test for each."""
+"""The ways in which a gradient reversal that looks right is wrong, a test for each."""
 
 import fractions
 import functools
@@ -366,7 +366,7 @@ def test_trap_9_one_trace_for_any_number_of_values():
 
 
 def test_trap_9_nothing_is_left_of_the_layer_in_a_forward_program():
-    def compiled(reverse):
+    def compiled(reverse, scale):
         def f(x, s):
             return jnp.sin(reverse(jnp.cos(x) @ x, s))
 
@@ -375,7 +375,7 @@ def test_trap_9_nothing_is_left_of_the_layer_in_a_forward_program():
         return sum(" = " in line for line in lines)
 
     for scale in (jnp.float32(0.5), jnp.ones(4)):
-        assert compiled(gradient_reversal) == compiled(lambda x, s: x)
+        assert compiled(gradient_reversal, scale) == compiled(lambda x, s: x, scale)
 
 
 def test_trap_9_the_inner_jit_is_inlined():
@@ -506,7 +506,7 @@ def test_trap_14_a_prefix_that_is_no_prefix():
 def test_trap_15_a_float_without_a_sign_is_refused():
     x = jnp.ones(3, jnp.float8_e8m0fnu)
     for call in (gradient_reversal, jax.jit(gradient_reversal)):
-        with pytest.raises(TypeError, match="`x` must .*float8_e8m0fnu.*no sign"):
+        with pytest.raises(TypeError, match=r"`x` must .*float8_e8m0fnu.*no sign"):
             call(x, 0.5)
 
 
@@ -516,7 +516,7 @@ def test_a_mutable_reference_is_refused():
         gradient_reversal(ref, 0.5)
 
 
-# 16. Known limits: each is documented, and seen here so that it cannot change unnoticed.
+# 16. Known limits: documented, and pinned so that they cannot change unnoticed.
 
 
 def test_limit_jet_gives_the_term_without_the_reversal():
