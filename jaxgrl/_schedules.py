@@ -72,7 +72,8 @@ def dann_schedule(
     def schedule(step: ArrayLike) -> jax.Array:
         p = _progress(step, transition_begin, transition_steps)
         # tanh(z / 2) is 2 / (1 + exp(-z)) - 1, and exactly 0 at 0.
-        return init_value + (end_value - init_value) * jnp.tanh(gamma * p / 2)
+        init, end = jnp.asarray(init_value), jnp.asarray(end_value)
+        return init + (end - init) * jnp.tanh(gamma * p / 2)
 
     return schedule
 
@@ -128,7 +129,7 @@ def dann_learning_rate(
 
     def schedule(step: ArrayLike) -> jax.Array:
         p = _progress(step, 0, transition_steps)
-        return init_value / (1 + alpha * p) ** beta
+        return jnp.asarray(init_value) / (1 + alpha * p) ** beta
 
     return schedule
 
