@@ -206,7 +206,7 @@ def _what_fits(x_shape: tuple[Any, ...]) -> str:
 
 
 def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool) -> Any:
-    # Without this, a scale that is differentiated would reach the rule as a tangent.
+    # A derivative with respect to scale is zero; it must not make forward mode raise.
     scale = lax.stop_gradient(scale)
     if tied:
         x = _tie(x, scale)
@@ -262,17 +262,12 @@ def _forward_rule(x: jax.Array, scale: Any) -> jax.Array:
     return x
 
 
+@_forward_rule.defjvp
 def _forward_rule_jvp(primals: Any, tangents: Any) -> Any:
     x, scale = primals
     t, _ = tangents
     # The rule itself, not x: derivatives of every order must pass through it.
-    y = _forward_rule(x, scale)
-    if isinstance(t, jax.custom_derivatives.SymbolicZero):
-        return y, t
-    return y, _reversed(t, scale)
-
-
-_forward_rule.defjvp(_forward_rule_jvp, symbolic_zeros=True)
+    return _forward_rule(x, scale), _reversed(t, scale)
 
 
 @jax.custom_vjp
