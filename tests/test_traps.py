@@ -578,7 +578,7 @@ def test_limit_jet_gives_the_term_without_the_reversal():
 
         return jet.jet(f, (1.0,), ((1.0, 0.0),))[1][0]
 
-    if getattr(jax.config, "jax_custom_vjp3", False):
+    if getattr(jax.config, "jax_custom_jvp3", False):
         with pytest.raises(KeyError):  # JAX's future rules make it an error
             first_term()
     else:
@@ -586,7 +586,7 @@ def test_limit_jet_gives_the_term_without_the_reversal():
 
 
 def test_limit_linear_transpose_of_the_layer():
-    with pytest.raises(NotImplementedError, match="transpose|Transpose"):
+    with pytest.raises(NotImplementedError, match=r"[Tt]ranspose"):
         jax.linear_transpose(lambda x: gradient_reversal(x, 2.0), 1.0)(3.0)
 
 
