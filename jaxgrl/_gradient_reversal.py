@@ -145,7 +145,7 @@ def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
         # Nothing differentiates a value that no transformation is tracing.
         return leaf
     try:
-        return _inlined(x, scale, forward_mode, isinstance(scale, Tracer))
+        return _gradient_reversal(x, scale, forward_mode, isinstance(scale, Tracer))
     except TypeError as error:
         if "custom_vjp" in str(error):
             error.add_note(
@@ -205,6 +205,10 @@ def _what_fits(x_shape: tuple[Any, ...]) -> str:
     return f"Shapes that fit: {', '.join(str(s) for s in shapes)}."
 
 
+# jit caches the trace of the rule per shape, which makes tracing a model shorter.
+# Without inline=True it would stay a boundary in the gradient program that keeps XLA
+# from fusing across it (benchmarks/overhead.py).
+@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool) -> Any:
     # A derivative with respect to scale is zero; it must not make forward mode raise.
     scale = lax.stop_gradient(scale)
@@ -214,13 +218,6 @@ def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool)
     # Singleton axes, never a broadcast: a residual is no larger than scale.
     scale = lax.expand_dims(scale, range(scale.ndim, x.ndim)) if scale.ndim else scale
     return _forward_rule(x, scale) if forward_mode else _reverse_rule(x, scale)
-
-
-# jit caches the trace of the rule per shape, which makes tracing a model shorter.
-# Without inline=True it would stay a boundary in the gradient program that keeps XLA
-# from fusing across it (benchmarks/overhead.py). Profiles show it by its name.
-_gradient_reversal.__name__ = "gradient_reversal"
-_inlined = jax.jit(_gradient_reversal, static_argnums=(2, 3), inline=True)
 
 
 def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -246,6 +243,7 @@ def _product_dtype(x: jax.Array, scale: jax.Array) -> Any:
     return at_least_float32(x.dtype, scale.dtype)
 
 
+@jax.named_scope("gradient_reversal")  # the name that profiles show
 def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns -scale * t, in the dtype of t."""
     if jnp.iscomplexobj(t):

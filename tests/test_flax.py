@@ -38,7 +38,7 @@ def _loss(model, x, scale=None):
     return jnp.sum(jnp.sin(model(x, scale)))
 
 
-def _assert_reversed(grads, plain, scale):
+def assert_reversed(grads, plain, scale):
     """The features get -scale times the plain gradient, the discriminator the plain."""
     for layer, factor in (("features", -scale), ("discriminator", 1.0)):
         for a, b in zip(
@@ -77,7 +77,7 @@ def test_nnx_constructor_and_call(plain, constructor, call, effective, jit):
     grad = nnx.grad(_loss, argnums=nnx.DiffState(0, nnx.Param))
     grads = (nnx.jit(grad) if jit else grad)(model, X, call)
     if effective:
-        _assert_reversed(grads, plain, effective)
+        assert_reversed(grads, plain, effective)
     else:
         assert not any(g.any() for g in jax.tree.leaves(grads["features"]))
 
@@ -161,7 +161,7 @@ def test_nnx_transformations(plain, name, jit):
 
     model = NNXModel(1.0, nnx.Rngs(0))
     grads = (nnx.jit(grad) if jit else grad)(model, X, jnp.float32(0.7))
-    _assert_reversed(grads, plain, 0.7)
+    assert_reversed(grads, plain, 0.7)
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -170,7 +170,7 @@ def test_nnx_evaluation_changes_nothing(plain, mode):
     before = model(X)
     getattr(model, mode)()
     np.testing.assert_array_equal(model(X), before)
-    _assert_reversed(nnx.grad(_loss)(model, X), plain, 0.5)
+    assert_reversed(nnx.grad(_loss)(model, X), plain, 0.5)
 
 
 def test_nnx_sequential_and_optimizer():
@@ -214,7 +214,7 @@ def test_linen_constructor_and_call(call, jit):
         grads = grads["params"]
         return {"features": grads["Dense_0"], "discriminator": grads["Dense_1"]}
 
-    _assert_reversed(named(loss(0.5)), named(loss(-1.0)), 0.5 if call is None else 2.0)
+    assert_reversed(named(loss(0.5)), named(loss(-1.0)), 0.5 if call is None else 2.0)
 
 
 def _apply(transform):

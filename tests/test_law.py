@@ -158,7 +158,7 @@ TRANSFORMATIONS = {
 }
 
 
-def _assert_close(actual, expected):
+def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=2e-6, atol=1e-7)
     assert actual.dtype == expected.dtype
 
@@ -176,8 +176,8 @@ def test_law_under_every_transformation(spelling, transformation, jit):
     maybe_jit = jax.jit if jit else lambda f: f
     value, grad = maybe_jit(jax.value_and_grad(loss(reverse)))(X, scale)
     expected_value, plain = maybe_jit(jax.value_and_grad(loss(identity)))(X, scale)
-    _assert_close(value, expected_value)
-    _assert_close(grad, -scale * plain)
+    assert_close(value, expected_value)
+    assert_close(grad, -scale * plain)
     assert np.abs(grad).max() > 0.01
 
 
@@ -192,7 +192,7 @@ def test_law_for_every_kind_of_scale(spelling, name, jit):
 
     grad = jax.jit(jax.grad(loss)) if jit else jax.grad(loss)
     plain = jax.grad(loss)(X, scale, identity)
-    _assert_close(grad(X, scale), -np.float32(scale) * plain)
+    assert_close(grad(X, scale), -np.float32(scale) * plain)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -258,9 +258,9 @@ def test_jacrev_and_vjp(spelling):
         return jnp.sin(SPELLINGS[spelling](x, 0.5))
 
     jacobian = jax.jacrev(f)(X[0])
-    _assert_close(jacobian, np.diag(-0.5 * np.cos(X[0])))
+    assert_close(jacobian, np.diag(-0.5 * np.cos(X[0])))
     y, pull = jax.vjp(f, X)
-    _assert_close(pull(y)[0], -0.5 * jnp.cos(X) * y)
+    assert_close(pull(y)[0], -0.5 * jnp.cos(X) * y)
 
 
 def test_while_loop_forward():
@@ -282,7 +282,7 @@ def test_applied_n_times_in_a_scan_gives_the_nth_power():
 def test_disable_jit():
     with jax.disable_jit():
         grad = jax.grad(lambda x: jnp.sum(gradient_reversal(x, 0.5) ** 2))(X)
-    _assert_close(grad, -X)
+    assert_close(grad, -X)
 
 
 def test_debug_nans_and_leak_checking():
@@ -290,8 +290,8 @@ def test_debug_nans_and_leak_checking():
         return jnp.sum(gradient_reversal(x, scale) ** 2)
 
     with jax.debug_nans(True), jax.checking_leaks():
-        _assert_close(jax.jit(jax.grad(loss))(X, 0.5), -X)
-        _assert_close(jax.grad(loss)(X, jnp.float32(0.5)), -X)
+        assert_close(jax.jit(jax.grad(loss))(X, 0.5), -X)
+        assert_close(jax.grad(loss)(X, jnp.float32(0.5)), -X)
 
 
 def test_checkify():
@@ -303,7 +303,7 @@ def test_checkify():
     checked = jax.jit(checkify.checkify(jax.grad(loss), errors=checkify.all_checks))
     error, grad = checked(jnp.array([1.0, 2.0], jnp.float32), 0.5)
     error.throw()
-    _assert_close(grad, np.array([-0.5, -0.25], np.float32))
+    assert_close(grad, np.array([-0.5, -0.25], np.float32))
 
 
 @pytest.mark.parametrize("x64", [False, True])
@@ -327,7 +327,7 @@ def test_donated_buffers():
     x = jnp.asarray(X)
     y = jax.jit(step, donate_argnums=0)(x)
     assert x.is_deleted()
-    _assert_close(y, 2 * X)
+    assert_close(y, 2 * X)
 
 
 @pytest.mark.parametrize("scale_kind", ["scalar", "per example"])
@@ -345,7 +345,7 @@ def test_export_to_three_platforms_with_a_symbolic_batch(scale_kind):
     scale = jnp.full(() if scale_kind == "scalar" else 3, 0.5, jnp.float32)
     np.testing.assert_allclose(restored.call(X + 1, scale), np.sin(X + 1).sum(), 1e-6)
     x_grad, scale_grad = jax.grad(restored.call, argnums=(0, 1))(X, scale)
-    _assert_close(x_grad, -0.5 * np.cos(X))
+    assert_close(x_grad, -0.5 * np.cos(X))
     assert not scale_grad.any()
 
 
@@ -361,11 +361,11 @@ def test_trap_8_forward_mode_on_request(jit):
     _, tangent = maybe_jit(lambda x, s: jax.jvp(lambda x: f(x, s), (x,), (t,)))(
         X, scale
     )
-    _assert_close(tangent, expected)
-    _assert_close(jax.linearize(lambda x: f(x, scale), X)[1](t), expected)
+    assert_close(tangent, expected)
+    assert_close(jax.linearize(lambda x: f(x, scale), X)[1](t), expected)
     jacobian = maybe_jit(jax.jacfwd(f))(X[0], scale)
-    _assert_close(jacobian, np.diag(expected[0]))
-    _assert_close(jax.grad(lambda x: jnp.sum(f(x, scale)))(X), expected)
+    assert_close(jacobian, np.diag(expected[0]))
+    assert_close(jax.grad(lambda x: jnp.sum(f(x, scale)))(X), expected)
     second = jax.jacfwd(jax.jacfwd(f))(jnp.float32(1.0), scale)
     np.testing.assert_allclose(second, -(0.5**2) * np.sin(1.0), rtol=1e-6)
 

@@ -1,13 +1,12 @@
 """The ways in which a gradient reversal that looks right is wrong, a test for each."""
 
-import fractions
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 
 import jaxgrl._gradient_reversal
@@ -96,94 +95,6 @@ def test_trap_1_with_forward_mode():
     assert jax.jacfwd(loss)(1.0) == -12
 
 
-# 3. Dtypes.
-
-FLOATS = (
-    *("float32", "float16", "bfloat16", "complex64"),
-    *("float8_e3m4", "float8_e4m3", "float8_e4m3fn", "float8_e4m3fnuz"),
-    *("float8_e4m3b11fnuz", "float8_e5m2", "float8_e5m2fnuz", "float4_e2m1fn"),
-)
-SCALE_DTYPES = ("float32", "bfloat16", "float16", "int32", "bool", "uint8")
-
-
-@pytest.mark.parametrize("scale_dtype", [None, *SCALE_DTYPES])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_trap_3_the_gradient_has_the_dtype_of_x(dtype, scale_dtype):
-    values = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
-    x = jnp.asarray(values).astype(dtype)
-    scale = 1.0 if scale_dtype is None else jnp.ones((), scale_dtype)
-    y, pull = jax.vjp(gradient_reversal, x, scale)
-    x_ct, _ = pull(x)
-    assert y.dtype == x_ct.dtype == x.dtype
-    expected = jnp.asarray(-values).astype(dtype)
-    assert (x_ct.astype(jnp.complex64) == expected.astype(jnp.complex64)).all()
-    per_example = jnp.ones(4, jnp.float32) * 0.5
-    (x_ct,) = jax.vjp(lambda x: gradient_reversal(x, per_example), x)[1](x)
-    assert x_ct.dtype == x.dtype
-
-
-@pytest.mark.parametrize("dtype", ["float64", "complex128"])
-def test_trap_3_double_precision(dtype):
-    with jax.enable_x64(True):
-        x = jnp.array([1.0, 1 / 3], dtype)
-        for scale in (0.1, jnp.array(0.1, jnp.float64)):
-            (x_ct,) = jax.vjp(lambda x, s=scale: gradient_reversal(x, s), x)[1](x)
-            assert x_ct.dtype == x.dtype
-            np.testing.assert_allclose(x_ct, -0.1 * np.asarray(x), rtol=1e-15)
-
-
-def test_trap_3_a_float64_scale_is_not_rounded_before_it_is_multiplied():
-    with jax.enable_x64(True):
-        ct = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-        scale = np.array(np.pi)
-        (x_ct,) = jax.vjp(lambda x: gradient_reversal(x, scale), ct)[1](ct)
-        np.testing.assert_array_equal(x_ct, (-np.pi * ct.astype(float)).astype("f4"))
-        assert (x_ct != -np.float32(np.pi) * ct).any()
-
-
-def test_trap_3_a_python_number_does_not_widen_the_product():
-    with jax.enable_x64(True):
-        x = jnp.ones(3, jnp.float32)
-        f = jax.grad(lambda x: jnp.sum(gradient_reversal(x, 0.1) ** 2))
-        assert "f64[3]" not in str(jax.make_jaxpr(f)(x))
-        f = jax.grad(lambda x: jnp.sum(gradient_reversal(x, np.array(0.1)) ** 2))
-        assert "f64[3]" in str(jax.make_jaxpr(f)(x))
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("kind", ["python", "traced", "per example"])
-def test_trap_3_low_precision_is_rounded_once_and_unbiased(dtype, kind):
-    rng = np.random.default_rng(0)
-    ct = jnp.asarray(rng.uniform(1, 2, 100_000).astype(np.float32)).astype(dtype)
-    scale = {"python": 0.3, "traced": jnp.float32(0.3)}.get(kind)
-    if scale is None:
-        scale = jnp.full(ct.shape, 0.3, jnp.float32)
-    (x_ct,) = jax.jit(lambda x, s: jax.vjp(gradient_reversal, x, s)[1](ct)[:1])(
-        ct, scale
-    )
-    exact = -np.float32(0.3) * np.asarray(ct, np.float32)
-    assert x_ct.dtype == ct.dtype
-    np.testing.assert_array_equal(x_ct, jnp.asarray(exact).astype(dtype))
-    bias = np.mean(np.asarray(x_ct, np.float64) / exact) - 1
-    assert abs(bias) < 2e-5  # a bfloat16 scale would be off by 2.6e-3
-
-
-def test_trap_3_features_that_feed_another_head_too():
-    x = jnp.ones(3, jnp.bfloat16)
-
-    def loss(x, scale):
-        return jnp.sum(x * x) + jnp.sum(gradient_reversal(x, scale))
-
-    grad = jax.grad(loss)(x, jnp.float32(0.5))
-    assert grad.dtype == jnp.bfloat16 and (grad == 1.5).all()
-
-
-def test_trap_3_complex_gradients_keep_their_infinities():
-    ct = jnp.array([complex(np.inf, 1.0)], jnp.complex64)
-    (x_ct,) = jax.vjp(lambda x: gradient_reversal(x, 2.0), ct)[1](ct)
-    assert x_ct[0].real == -np.inf and x_ct[0].imag == -2.0
-
-
 # 4. Leaves that are not floating.
 
 
@@ -242,82 +153,6 @@ def test_empty_trees():
     assert gradient_reversal(None, 0.5) is None
     assert gradient_reversal({}, 0.5) == {}
     assert gradient_reversal((), ()) == ()
-
-
-# 5. Per-example scales align on leading axes.
-
-
-@pytest.mark.parametrize(
-    "scale_shape, x_shape",
-    [
-        ((3,), (3, 3)),  # B == D: NumPy would scale the columns
-        ((3,), (3, 4)),
-        ((3, 1), (3, 4)),
-        ((1, 4), (3, 4)),
-        ((3, 4), (3, 4)),
-        ((1,), (3, 4)),
-        ((3,), (3, 2, 2, 5)),
-        ((3, 2), (3, 2, 5)),
-        ((3,), (3,)),
-        ((), ()),
-        ((0,), (0, 4)),
-        ((1,), (0, 4)),
-        ((3,), (3, 0)),
-    ],
-)
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("forward_mode", [False, True])
-def test_trap_5_alignment(scale_shape, x_shape, jit, forward_mode):
-    rng = np.random.default_rng(0)
-    scale = rng.normal(size=scale_shape).astype(np.float32)
-    x = rng.normal(size=x_shape).astype(np.float32)
-
-    def loss(x, scale):
-        return jnp.sum(jnp.sin(gradient_reversal(x, scale, forward_mode=forward_mode)))
-
-    grad = jax.grad(loss)
-    grad = (jax.jit(grad) if jit else grad)(x, scale)
-    column = scale.reshape(scale_shape + (1,) * (len(x_shape) - len(scale_shape)))
-    np.testing.assert_allclose(grad, -column * np.cos(x), rtol=2e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("forward_mode", [False, True])
-def test_trap_5_the_residual_is_no_larger_than_the_scale(forward_mode):
-    x = jnp.ones((64, 128), jnp.bfloat16)
-
-    @jax.jit
-    def residuals(x, scale):
-        pull = jax.vjp(
-            lambda x: gradient_reversal(x, scale, forward_mode=forward_mode), x
-        )[1]
-        return [leaf for leaf in jax.tree.leaves(pull)]
-
-    for scale in (jnp.float32(0.5), jnp.ones(64, jnp.float32)):
-        assert sum(leaf.nbytes for leaf in residuals(x, scale)) <= scale.nbytes + 4
-
-
-@pytest.mark.parametrize(
-    "scale_shape, x_shape, shown",
-    [
-        (
-            (4,),
-            (3, 4),
-            r"\(4,\) for `x` of shape \(3, 4\)\. Shapes that fit: \(\), \(3,",
-        ),
-        ((3, 1, 1), (3, 4), r"got shape \(3, 1, 1\) for `x` of shape \(3, 4\)"),
-        ((1,), (), r"got shape \(1,\) for `x` of shape \(\)\. Only a scalar fits"),
-        ((2,), (0, 4), r"got shape \(2,\)"),
-        ((3, 5), (3, 4), r"got shape \(3, 5\)"),
-    ],
-)
-@pytest.mark.parametrize("traced", [False, True])
-def test_trap_5_what_does_not_align_is_refused_at_the_call(
-    scale_shape, x_shape, shown, traced
-):
-    x, scale = jnp.ones(x_shape), jnp.ones(scale_shape)
-    call = jax.jit(gradient_reversal) if traced else gradient_reversal
-    with pytest.raises(ValueError, match=r"`scale` must .*" + shown):
-        call(x, scale)
 
 
 # 6. The scale never receives a gradient, wherever it comes from.
@@ -429,10 +264,9 @@ def test_trap_9_the_inner_jit_is_inlined():
 
 
 def test_trap_9_profiles_show_the_name():
-    jaxpr = jax.make_jaxpr(gradient_reversal)(jnp.ones(3), 0.5)
-    f = jax.jit(jax.vmap(gradient_reversal))
-    text = f.lower(jnp.ones(3), jnp.ones(3)).as_text(debug_info=True)
-    assert "gradient_reversal" in text or "_reverse_rule" in str(jaxpr)
+    f = jax.jit(jax.grad(lambda x, s: jnp.sum(jnp.sin(gradient_reversal(x, s)))))
+    compiled = f.lower(jnp.ones(3), 0.5).compile().as_text()
+    assert re.search(r'op_name="[^"]*\bgradient_reversal\b[^"]*/mul"', compiled)
 
 
 # 11. 0 * inf.
@@ -442,128 +276,6 @@ def test_trap_11_a_zero_scale_does_not_stop_what_is_not_finite():
     ct = jnp.array([np.inf, np.nan, 1.0], jnp.float32)
     (x_ct,) = jax.vjp(lambda x: gradient_reversal(x, 0.0), ct)[1](ct)
     assert np.isnan(x_ct[:2]).all() and x_ct[2] == 0
-
-
-# 13, 14. The forms of a scale.
-
-
-def test_trap_13_an_nnx_variable_is_a_scale():
-    x = jnp.ones((2, 3), jnp.float32)
-
-    def grad(scale, x):
-        return jax.grad(lambda x: jnp.sum(gradient_reversal(x, scale)))(x)
-
-    assert (grad(nnx.Variable(jnp.float32(0.5)), x) == -0.5).all()
-    per_example = nnx.Variable(jnp.array([1.0, 2.0], jnp.float32))
-    np.testing.assert_array_equal(grad(per_example, x), [[-1] * 3, [-2] * 3])
-
-    def prefix(x):
-        out = gradient_reversal(
-            {"a": x, "b": [x, x]}, {"a": 0.25, "b": nnx.Variable(jnp.float32(2.0))}
-        )
-        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(out))
-
-    assert (jax.grad(prefix)(x) == -4.25).all()
-
-
-def test_trap_13_x_may_hold_variables():
-    def loss(tree):
-        return jnp.sum(gradient_reversal(tree, 0.5)["a"][...] ** 2)
-
-    grad = jax.grad(loss)({"a": nnx.Param(jnp.ones(3, jnp.float32))})
-    assert (grad["a"][...] == -1).all()
-
-
-def test_trap_13_x_that_stands_for_an_array():
-    class Wrapped:
-        def __init__(self, value):
-            self.value = value
-
-        def __jax_array__(self):
-            return self.value
-
-    grad = jax.grad(lambda x: jnp.sum(gradient_reversal(Wrapped(x), 0.5)))
-    assert (grad(jnp.ones(3, jnp.float32)) == -0.5).all()
-
-
-def test_trap_14_a_prefix_gives_each_subtree_its_scale():
-    def loss(tree, scale):
-        return sum(
-            jnp.sum(v**2) for v in jax.tree.leaves(gradient_reversal(tree, scale))
-        )
-
-    x = np.ones((2, 2), np.float32)
-    tree = {"a": (x, x), "b": x}
-    scale = {"a": 0.5, "b": np.array([1.0, 2.0], np.float32)}
-    for grad in (jax.grad(loss), jax.jit(jax.grad(loss))):
-        out = grad(tree, scale)
-        assert (out["a"][0] == -1).all() and (out["a"][1] == -1).all()
-        np.testing.assert_array_equal(out["b"], [[-2, -2], [-4, -4]])
-    out = jax.grad(loss)(tree, {"a": (1, np.float32(2)), "b": -1.0})
-    assert [float(v.mean()) for v in jax.tree.leaves(out)] == [-2, -4, 2]
-    assert gradient_reversal([x, None], [0.5, None])[1] is None
-
-
-def test_trap_14_any_real_number_is_a_scale():
-    for scale in (fractions.Fraction(1, 2), np.float64(0.5), np.float16(0.5)):
-        grad = jax.grad(lambda x, s=scale: gradient_reversal(x, s))(1.0)
-        assert grad == -0.5
-
-
-@pytest.mark.parametrize(
-    "scale, shown",
-    [
-        (None, "None"),
-        (1j, "1j"),
-        (np.complex64(1), r"complex64\[\]"),
-        (np.ones(3, np.complex64), r"complex64\[3\]"),
-        ("0.5", "'0.5'"),
-        (object, "<class 'object'>"),
-        (jax.random.key(0), r"key<fry>\[\]"),
-        (np.array(["a"]), "<U1"),
-        ([0.5, 0.5, 0.5], r"PyTreeDef\(\[\*, \*, \*\]\) for `x` with PyTreeDef\(\*\)"),
-        ({"a": 0.5}, "PyTreeDef"),
-        ((0.5,), "an array, not a list"),
-        ({}, "PyTreeDef"),
-        ([1j], "1j"),
-        (jax.ShapeDtypeStruct((), jnp.float32), "float32"),
-    ],
-    ids=repr,
-)
-def test_trap_14_what_is_no_scale_is_refused_by_name(scale, shown):
-    with pytest.raises(TypeError, match="`scale` must be a real number.*" + shown):
-        gradient_reversal(jnp.ones(3), scale)
-    with pytest.raises(TypeError, match="`scale` must be a real number"):
-        jax.grad(lambda x: jnp.sum(gradient_reversal(x, scale)))(jnp.ones(3))
-
-
-def test_trap_14_none_is_refused_for_empty_trees_too():
-    for x in (None, {}):
-        with pytest.raises(TypeError, match=r"`scale` must be .*got None"):
-            gradient_reversal(x, None)
-
-
-def test_trap_14_a_prefix_that_is_no_prefix():
-    x = {"a": jnp.ones(3), "b": jnp.ones(3)}
-    for scale in ({"a": 1.0}, {"a": 1.0, "b": None}, {"a": 1.0, "c": 1.0}, [1.0, 2.0]):
-        with pytest.raises(TypeError, match="pytree prefix of `x`"):
-            gradient_reversal(x, scale)
-
-
-# 15. A float without a sign, and a reference.
-
-
-def test_trap_15_a_float_without_a_sign_is_refused():
-    x = jnp.ones(3, jnp.float8_e8m0fnu)
-    for call in (gradient_reversal, jax.jit(gradient_reversal)):
-        with pytest.raises(TypeError, match=r"`x` must .*float8_e8m0fnu.*no sign"):
-            call(x, 0.5)
-
-
-def test_a_mutable_reference_is_refused():
-    ref = jax.new_ref(jnp.ones(3))
-    with pytest.raises(TypeError, match=r"`x` must not hold a mutable .*`x\[\.\.\.\]`"):
-        gradient_reversal(ref, 0.5)
 
 
 # 16. Known limits: documented, and pinned so that they cannot change unnoticed.
