@@ -192,7 +192,7 @@ def std(values):
 
 def plot(results, features, labels, path):
     """Draws the accuracies over the steps, and the features of both domains."""
-    figure = Figure(figsize=(10, 8.5), layout="constrained")
+    figure = Figure(figsize=(10, 9), layout="constrained")
     (left, right), maps = figure.subplots(2, 2)
     looks = {METHODS[0]: ("#D55E00", "--"), "DANN": ("#0072B2", "-")}
     arguments = results["arguments"]
@@ -224,7 +224,7 @@ def plot(results, features, labels, path):
     maps[1].set(title="(c) Features after adaptation: DANN")
     for axis, method in zip(maps, METHODS, strict=False):
         draw_features(axis, features[method], labels)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=120)
 
 
 def draw_features(axis, features, labels):
@@ -241,8 +241,9 @@ def draw_features(axis, features, labels):
         axis.text(*np.median(own, axis=0), f"{digit}", bbox=box, zorder=3)
     axis.plot([], [], color="0.3", label="source", **full)
     axis.plot([], [], color="0.3", label="target", **hollow)
-    axis.legend(loc="upper right", title="digit at its source median")
     axis.set(xlabel="principal component 1", ylabel="principal component 2")
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 2}
+    axis.legend(title="a number marks the source median of its class", **place)
 
 
 def write_json(results, path):
