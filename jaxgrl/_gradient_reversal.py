@@ -75,7 +75,8 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
       https://proceedings.mlr.press/v37/ganin15.html
     """
     scale = _as_array(scale)
-    if _is_leaf(scale):
+    # None is no leaf, but as a prefix it would match an x without leaves.
+    if scale is None or jax.tree_util.all_leaves([scale]):
         scale = _as_real(scale)
         return jax.tree.map(lambda leaf: _reverse_leaf(leaf, scale, forward_mode), x)
     return jax.tree.map(
@@ -95,25 +96,16 @@ def _as_array(value: Any) -> Any:
     return value.__jax_array__() if _is_wrapped(value) else value
 
 
-def _is_leaf(scale: Any) -> bool:
-    # None is a leaf here, to be refused: as a prefix it would match no leaf at all.
-    return (
-        isinstance(scale, numbers.Number)
-        or hasattr(scale, "dtype")
-        or scale is None
-        or jax.tree_util.all_leaves([scale])
-    )
-
-
 def _as_real(scale: Any) -> Any:
     """Returns one scale, checked, as a float or an array."""
     if isinstance(scale, numbers.Real):
         # One Python type, so that 1, True and 1.0 share one trace.
         return float(scale)
     dtype = getattr(scale, "dtype", None)
-    if dtype is not None and _is_real(dtype) and hasattr(scale, "__array__"):
+    is_array = dtype is not None and hasattr(scale, "__array__")
+    if is_array and _is_real(dtype) and not isinstance(scale, jax.Ref):
         return scale
-    shown = repr(scale) if dtype is None else f"{dtype}{list(jnp.shape(scale))}"
+    shown = f"{dtype}{list(jnp.shape(scale))}" if is_array else repr(scale)
     raise TypeError(f"{_SCALE_RULE}, got {shown}.")
 
 

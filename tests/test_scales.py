@@ -169,6 +169,7 @@ def test_trap_14_any_real_number_is_a_scale():
         ({}, "PyTreeDef"),
         ([1j], "1j"),
         (jax.ShapeDtypeStruct((), jnp.float32), "float32"),
+        (jax.new_ref(jnp.array(0.5, jnp.float32)), "Ref"),
     ],
     ids=repr,
 )
