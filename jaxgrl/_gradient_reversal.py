@@ -102,10 +102,10 @@ def _as_real(scale: Any) -> Any:
         # One Python type, so that 1, True and 1.0 share one trace.
         return float(scale)
     dtype = getattr(scale, "dtype", None)
-    is_array = dtype is not None and hasattr(scale, "__array__")
-    if is_array and _is_real(dtype) and not isinstance(scale, jax.Ref):
+    is_array = hasattr(scale, "__array__") and not isinstance(scale, jax.Ref)
+    if is_array and _is_real(dtype):
         return scale
-    shown = f"{dtype}{list(jnp.shape(scale))}" if is_array else repr(scale)
+    shown = f"{dtype}{list(scale.shape)}" if is_array else repr(scale)
     raise TypeError(f"{_SCALE_RULE}, got {shown}.")
 
 
