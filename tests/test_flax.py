@@ -271,6 +271,21 @@ def test_linen_transformations(name, jit):
     np.testing.assert_allclose(grad, -0.7 * slope, rtol=1e-6)
 
 
+class _Lifted(linen.Module):
+    """Takes the gradient with respect to x inside the module, by nn.vjp."""
+
+    @linen.compact
+    def __call__(self, x, scale):
+        layer = jaxgrl.linen.GradientReversal()
+        y, pull = linen.vjp(lambda layer, x: jnp.sin(layer(x, scale)), layer, x)
+        return pull(jnp.ones_like(y))[1]
+
+
+def test_linen_lifted_vjp():
+    grad = _Lifted().apply({}, X, jnp.float32(0.7))
+    np.testing.assert_allclose(grad, -0.7 * np.cos(X), rtol=1e-6)
+
+
 def test_linen_layer_has_no_variables_and_needs_no_rngs():
     assert jaxgrl.linen.GradientReversal().init({}, X) == {}
 

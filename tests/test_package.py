@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import jax
+import optax
 import pytest
 
 import jaxgrl
@@ -92,6 +94,15 @@ def test_readme_table_of_failures_is_what_happens():
     for outcome, promised in zip(outcomes[::2], by_hand, strict=True):
         since_0_12 = f"(JAX 0.12: {outcome})"
         assert promised.startswith(outcome) or promised.endswith(since_0_12)
+
+
+def test_optax_scale_gradient_takes_no_traced_scale_as_readme_says():
+    def grad(x, s):
+        return jax.grad(lambda x: optax.scale_gradient(x, -s))(x)
+
+    assert grad(1.0, 0.5) == -0.5
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        jax.jit(grad)(1.0, 0.5)
 
 
 def test_readme_has_the_two_commands():
