@@ -41,7 +41,8 @@ def domain_loss(
       counts. A traced domain out of range gives nan.
 
     Raises:
-      ValueError: If the shapes do not fit, or a concrete domain is out of range.
+      ValueError: If the shapes do not fit, or a concrete domain is out of range;
+        outside ``jit``, ``domains`` is read for that.
       TypeError: If a dtype does not fit.
 
     Example:
@@ -86,7 +87,8 @@ def domain_accuracy(
       domain is out of range.
 
     Raises:
-      ValueError: If the shapes do not fit, or a concrete domain is out of range.
+      ValueError: If the shapes do not fit, or a concrete domain is out of range;
+        outside ``jit``, ``domains`` is read for that.
       TypeError: If a dtype does not fit.
 
     Example:
