@@ -180,6 +180,15 @@ def test_trap_14_what_is_no_scale_is_refused_by_name(scale, shown):
         jax.grad(lambda x: jnp.sum(gradient_reversal(x, scale)))(jnp.ones(3))
 
 
+def test_trap_14_a_traced_reference_is_no_scale():
+    @jax.jit
+    def f(x):
+        return gradient_reversal(x, jax.new_ref(jnp.array(0.5, jnp.float32)))
+
+    with pytest.raises(TypeError, match="`scale` must be a real number"):
+        f(jnp.ones(3))
+
+
 def test_trap_14_none_is_refused_for_empty_trees_too():
     for x in (None, {}):
         with pytest.raises(TypeError, match=r"`scale` must be .*got None"):
