@@ -95,8 +95,8 @@ def domain_accuracy(
       >>> import jax.numpy as jnp
       >>> from jaxgrl import domain_accuracy
       >>> logits = jnp.array([-2.0, -2.0, 2.0, 2.0])
-      >>> print(domain_accuracy(logits, jnp.array([0, 0, 0, 1])))
-      0.8333334
+      >>> print(f"{domain_accuracy(logits, jnp.array([0, 0, 0, 1])):.4f}")
+      0.8333
 
     References:
       Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,

@@ -188,7 +188,7 @@ def test_nnx_sequential_and_optimizer():
         optimizer.update(model, grads)
         return grads
 
-    grads = step(model, optimizer, jnp.ones((1, 2)))
+    grads = step(model, optimizer, jnp.ones((1, 2), jnp.float32))
     # The discriminator goes down its gradient and the features go up theirs.
     assert (
         jnp.sign(grads["layers"][0]["kernel"][...]) == -jnp.sign(kernels[1].T)
