@@ -35,7 +35,7 @@ def dann_schedule(
 
     Args:
       transition_steps: The number of steps from start to end, as a rule all the steps
-        of the training. Positive.
+        of the training. 1 or more.
       gamma: The steepness, positive; 10 in the paper.
       init_value: The value at the start. A number, or a traced scalar.
       end_value: The value that the end approaches. A number, or a traced scalar.
@@ -63,7 +63,7 @@ def dann_schedule(
       Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, ICML 2015,
       https://proceedings.mlr.press/v37/ganin15.html
     """
-    _check_number("transition_steps", transition_steps, "positive", lambda v: v > 0)
+    _check_number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
     _check_number("gamma", gamma, "positive", lambda v: v > 0)
     _check_number("transition_begin", transition_begin, "0 or more", lambda v: v >= 0)
     _check_value("init_value", init_value)
@@ -96,7 +96,7 @@ def dann_learning_rate(
       init_value: The learning rate at the start, 0.01 in the paper. A number, or a
         traced scalar.
       transition_steps: The number of steps from start to end, as a rule all the steps
-        of the training. Positive.
+        of the training. 1 or more.
       alpha: How far it decays, 0 or more; 10 in the paper.
       beta: The exponent of the decay, 0 or more; 0.75 in the paper.
 
@@ -123,7 +123,7 @@ def dann_learning_rate(
       https://proceedings.mlr.press/v37/ganin15.html
     """
     _check_value("init_value", init_value)
-    _check_number("transition_steps", transition_steps, "positive", lambda v: v > 0)
+    _check_number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
     _check_number("alpha", alpha, "0 or more", lambda v: v >= 0)
     _check_number("beta", beta, "0 or more", lambda v: v >= 0)
 

@@ -110,7 +110,7 @@ def test_as_the_learning_rate_of_an_optimizer(inject):
 @pytest.mark.parametrize(
     "make, error, message",
     [
-        (lambda: dann_schedule(0), ValueError, "`transition_steps` .*positive, got 0"),
+        (lambda: dann_schedule(0), ValueError, "`transition_steps` .*1 or more, got 0"),
         (lambda: dann_schedule(-5), ValueError, "`transition_steps` .*got -5"),
         (lambda: dann_schedule("9"), TypeError, "`transition_steps` .*got '9'"),
         (lambda: dann_schedule(9, gamma=0), ValueError, "`gamma` .*positive, got 0"),
@@ -122,6 +122,11 @@ def test_as_the_learning_rate_of_an_optimizer(inject):
             lambda: dann_schedule(9, transition_begin=-1),
             ValueError,
             "`transition_begin` .*0 or more, got -1",
+        ),
+        (
+            lambda: dann_learning_rate(9, 0.1),
+            ValueError,
+            "`transition_steps` .*got 0.1",
         ),
         (lambda: dann_learning_rate(None, 9), TypeError, "`init_value` .*got None"),
         (lambda: dann_learning_rate(1.0, 0), ValueError, "`transition_steps` .*got 0"),
