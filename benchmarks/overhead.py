@@ -183,11 +183,17 @@ def compare(name, dtype, per_example):
         rows.append((case, label, counts))
         return counts, value
 
-    without, _ = run("forward, no layer", make_forward(features, identity))
-    counts, _ = run("forward, jaxgrl", make_forward(features, jaxgrl.gradient_reversal))
+    without, plain = run("forward, no layer", make_forward(features, identity))
+    counts, value = run(
+        "forward, jaxgrl", make_forward(features, jaxgrl.gradient_reversal)
+    )
     for column in FORWARD:
         if counts[column] != without[column]:
             failures.append(f"{case}: forward {column} differ from no layer")
+
+    counts["same bits"] = same_bits(value, plain)
+    if not counts["same bits"]:
+        failures.append(f"{case}: forward has other bits than no layer")
 
     run("gradient, no layer", make_gradient(features, identity))
     limit, expected = run("gradient, by hand", make_gradient_by_hand(features))
@@ -237,7 +243,8 @@ def main():
     print(f"{jax.devices()[0].device_kind}: {processor()}, {platform.platform()}")
     print(
         f"Python {platform.python_version()}, jaxgrl {jaxgrl.__version__}, "
-        f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}"
+        f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, "
+        f"optax {optax.__version__}"
     )
     if failures:
         sys.exit("The claim does not hold:\n" + "\n".join(failures))
