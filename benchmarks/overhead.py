@@ -4,7 +4,7 @@ The claim: under ``jit`` the layer is the one multiplication that you would writ
 hand, and forward it is nothing.
 
 - Forward, the program with the layer has the same operations, flops and bytes as the
-  program without it.
+  program without it, and computes the same bits.
 - Backward, the program has no more fusions, flops, bytes, copies and temporary bytes
   than the reversal written out by hand (one vjp for the heads, one multiplication, one
   vjp for the features), which is the physical limit; and its gradients have the same
@@ -190,7 +190,6 @@ def compare(name, dtype, per_example):
     for column in FORWARD:
         if counts[column] != without[column]:
             failures.append(f"{case}: forward {column} differ from no layer")
-
     counts["same bits"] = same_bits(value, plain)
     if not counts["same bits"]:
         failures.append(f"{case}: forward has other bits than no layer")
