@@ -1,253 +1,380 @@
-"""What is left of the layer in a compiled program.
+r"""What is left of the layer in a compiled program.
 
 The claim: under ``jit`` the layer is the one multiplication that you would write by
 hand, and forward it is nothing.
 
-- Forward, the program with the layer has the same operations, flops and bytes as the
-  program without it, and computes the same bits.
-- Backward, the program has no more fusions, flops, bytes, copies and temporary bytes
-  than the reversal written out by hand (one vjp for the heads, one multiplication, one
-  vjp for the features), which is the physical limit; and its gradients have the same
-  bits.
+- Forward, the program with the layer has the same operations, flops, bytes and
+  temporary bytes as the program without it, and computes the same bits.
+- Backward, the program is in no column worse than the reversal written out by hand (one
+  vjp for the heads, one multiplication, one vjp for the features), which is the
+  physical limit; and its gradients have the same bits.
+- On several devices, it has the same collectives as by hand, in the same order.
 
-Exact counts from XLA's own analysis on this machine's backend, no clocks. Exits with
-status 1 where the claim does not hold.
+The price of being right at every order of differentiation: what comes out of the layer
+is a value of its own. Where the layer is inside the body of a scan, and the same
+features feed another head there, the scan keeps both, so that the features are held
+twice (the program "GRU, layer in the scan"); a rule of first order holds them once. The
+same is true of the residuals of a vjp that is not under ``jit``. Both are shown, and at
+most one more copy of the features is allowed.
 
-    python benchmarks/overhead.py
+Exact counts from XLA's own analysis, no clocks. Every program is compiled without the
+layer, by hand, with jaxgrl and with what people use today. Exits with status 1 where
+the claim does not hold.
+
+    python benchmarks/overhead.py                      # what runs here, CPU or GPU
+    python benchmarks/overhead.py --quick              # a few programs
+    python benchmarks/overhead.py --backend tpu-aot    # compiled, not run, for 7 TPUs
+    python benchmarks/overhead.py --backend cuda-aot   # compiled, not run, for H100
+
+The last two need no such hardware, but an environment of their own on Linux:
+
+    pip install -e '.[benchmarks]' 'jax[tpu]'
+    pip install -e '.[benchmarks]' && \
+        pip install --no-deps jax-cuda13-plugin==JAX jax-cuda13-pjrt==JAX
+
+where JAX is what ``pip show jax`` says. They compile for 4 chips, data parallel.
 """
 
-import argparse
-import importlib.metadata
 import os
 import pathlib
-import platform
-import shlex
+import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from jax import lax
+import numpy as np
+from jax.experimental import topologies
+from jax.extend.core import Var
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import (
+    PROGRAMS,
+    SCALES,
+    SWEEP,
+    Model,
+    adam_step,
+    identity,
+    make_arguments,
+    make_loss_in_scan,
+    sweep,
+)
+from report import Record, make_parser, print_table
+from reversals import REVERSALS
+from tqdm import tqdm
 
-import jaxgrl
-
-BATCH = 64
-FORWARD = ("ops", "flops", "bytes")
-BACKWARD = ("fusions", "flops", "bytes", "copies", "temp bytes")
-
-
-# The models: features(params, x), and two heads on them, head(params, features).
-def mlp_features(params, x):
-    """Returns [batch, 256]."""
-    return jnp.tanh(jax.nn.relu(x @ params["a"]) @ params["b"])
-
-
-def conv_attention_features(params, x):
-    """Returns [batch, 64, 32]: a convolution, then self-attention over its pixels."""
-    dims = ("NHWC", "HWIO", "NHWC")
-    h = lax.conv_general_dilated(
-        x, params["kernel"], (2, 2), "SAME", dimension_numbers=dims
-    )
-    h = jax.nn.relu(h).reshape(len(x), -1, h.shape[-1])
-    q, k, v = (h @ params[name] for name in "qkv")
-    attention = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", q, k))
-    return h + jnp.einsum("bqk,bkc->bqc", attention, v)
-
-
-def head(params, features):
-    """Returns logits [batch, K], from features pooled over all axes between."""
-    pooled = features.mean(axis=tuple(range(1, features.ndim - 1)))
-    return jax.nn.relu(pooled @ params["a"]) @ params["b"]
-
-
-def weights(key, dtype, **shapes):
-    """Returns random parameters of these shapes."""
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: (jax.random.normal(k, shape) / 8).astype(dtype)
-        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+TPUS = {
+    "v2": "v2:2x2",
+    "v3": "v3:2x2",
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+# From NVIDIA's device properties, in the form that XLA reads.
+H100 = pathlib.Path(__file__).parent / "h100.txtpb"
+OTHERS = ("five lines", "stop_gradient trick", "optax.scale_gradient")
+FORWARD = ("ops", "fusions", "flops", "bytes", "copies", "temp bytes")
+BACKWARD = (*FORWARD, "residual bytes")
+COLLECTIVES = (
+    "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
+    "ragged-all-to-all|collective-broadcast"
+)
 
 
-def make_model(name, dtype):
-    """Returns (features, params, x) of one model."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    if name == "MLP":
-        features, width, shape = mlp_features, 256, (256,)
-        params = weights(keys[0], dtype, a=(256, 256), b=(256, 256))
-    else:
-        features, width, shape = conv_attention_features, 32, (16, 16, 3)
-        maps = {"q": (32, 32), "k": (32, 32), "v": (32, 32)}
-        params = weights(keys[0], dtype, kernel=(3, 3, 3, 32), **maps)
-    params = {
-        "features": params,
-        "label": weights(keys[1], dtype, a=(width, 64), b=(64, 10)),
-        "domain": weights(keys[2], dtype, a=(width, 64), b=(64, 1)),
-    }
-    x = jax.random.normal(keys[3], (BATCH, *shape)).astype(dtype)
-    return features, params, x
+class Case(NamedTuple):
+    """A program, a dtype, how the scale reaches the layer, and whether on a mesh."""
 
+    program: str
+    dtype: str
+    scale: str
+    sharded: bool
 
-def label_loss(params, h):
-    """Returns the cross entropy on labels that are made up."""
-    labels = jnp.arange(BATCH) % 10
-    losses = optax.softmax_cross_entropy_with_integer_labels
-    return losses(head(params, h).astype(jnp.float32), labels).mean()
-
-
-def domain_loss(params, h):
-    """Returns the loss of the domain discriminator, half source and half target."""
-    return jaxgrl.domain_loss(head(params, h), jnp.arange(BATCH) >= BATCH // 2)
-
-
-# The programs that are compared. All take (params, x, scale).
-def make_forward(features, reverse):
-    """Returns the program that computes both heads' logits."""
-
-    def forward(params, x, scale):
-        h = features(params["features"], x)
-        domain_logits = head(params["domain"], reverse(h, scale))
-        return head(params["label"], h), domain_logits
-
-    return forward
-
-
-def make_gradient(features, reverse):
-    """Returns the program that computes the gradient by one jax.grad."""
-
-    def loss(params, x, scale):
-        h = features(params["features"], x)
-        reversed_h = reverse(h, scale)
-        return label_loss(params["label"], h) + domain_loss(
-            params["domain"], reversed_h
+    def __str__(self) -> str:
+        """Returns the name that tables give it."""
+        return f"{self.program}, {self.dtype}, {self.scale}" + (
+            ", data parallel" if self.sharded else ""
         )
 
-    return jax.grad(loss)
+
+def make_cases(*, quick: bool, compiled_only: bool) -> list[Case]:
+    """Returns the cases; what is only compiled is always data parallel."""
+    if quick:
+        return [
+            Case("MLP", "float32", "traced", False),
+            Case("conv + attention", "bfloat16", "per example", False),
+            Case("NNX, Adam step, donated", "bfloat16", "scheduled", False),
+            Case("MLP", "bfloat16", "traced", True),
+        ]
+    cases = [
+        Case(program, dtype, scale, compiled_only)
+        for program in PROGRAMS
+        for dtype in ("float32", "bfloat16")
+        for scale in SCALES
+        if PROGRAMS[program].setting is not sweep or scale != "Python number"
+        if not compiled_only or scale in ("traced", "per example")
+    ]
+    if compiled_only:
+        return cases
+    pairs = ("float32", "traced"), ("bfloat16", "per example")
+    return cases + [Case(name, *pair, True) for name in PROGRAMS for pair in pairs]
 
 
-def make_gradient_by_hand(features):
-    """Returns the program with the reversal written out: vjp, multiplication, vjp."""
+def place(case: Case, arguments: Any, mesh: Mesh | None) -> Any:
+    """Returns (state, x, argument) as shapes with their shardings."""
+    if mesh is None:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), arguments)
+    state, x, argument = arguments
+    example = P("devices") if case.scale == "per example" else P()
+    if PROGRAMS[case.program].setting is sweep:
+        example = P(None, *example)
 
-    def gradient(params, x, scale):
-        h, pull = jax.vjp(lambda p: features(p, x), params["features"])
-        label, label_ct = jax.grad(label_loss, argnums=(0, 1))(params["label"], h)
-        domain, domain_ct = jax.grad(domain_loss, argnums=(0, 1))(params["domain"], h)
-        column = scale.reshape(scale.shape + (1,) * (h.ndim - scale.ndim))
-        product = -column * domain_ct.astype(jnp.float32)
-        (ct,) = pull(label_ct + product.astype(h.dtype))
-        return {"features": ct, "label": label, "domain": domain}
+    def shapes(tree, spec):
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
 
-    return gradient
-
-
-def identity(h, scale):
-    """Returns h: no layer at all."""
-    del scale
-    return h
+    return shapes(state, P()), shapes(x, P("devices")), shapes(argument, example)
 
 
-def measure(program, *arguments):
-    """Returns XLA's counts for the compiled program, and what it computes."""
-    compiled = jax.jit(program, keep_unused=True).lower(*arguments).compile()
-    text, cost = compiled.as_text() or "", compiled.cost_analysis() or {}
+def measure(program: Any, shapes: Any, donate: bool) -> tuple[dict[str, Any], Any]:
+    """Returns XLA's counts for the compiled program, and the program."""
+    jitted = jax.jit(program, keep_unused=True, donate_argnums=(0,) if donate else ())
+    compiled = jitted.lower(*shapes).compile()
+    text = compiled.as_text() or ""
+    cost = compiled.cost_analysis() or {}  # None for CUDA ahead of time
     memory = compiled.memory_analysis()
-    assert memory, "XLA gives no analysis of this backend's programs"
+    assert text and memory, "XLA gives no analysis of this backend's programs"
+    collectives = re.findall(rf"= (\S+) ({COLLECTIVES})(?:-start)?\(", text)
     counts = {
         "ops": sum(" = " in line for line in text.splitlines()),
         "fusions": text.count(" fusion("),
-        "flops": int(cost["flops"]),
-        "bytes": int(cost["bytes accessed"]),
+        "flops": int(cost["flops"]) if "flops" in cost else None,
+        "bytes": int(cost["bytes accessed"]) if "bytes accessed" in cost else None,
         "copies": text.count(" copy("),
         "temp bytes": memory.temp_size_in_bytes,
+        "collectives": [" ".join(found) for found in collectives],
     }
-    return counts, compiled(*arguments)
+    return counts, compiled
 
 
-def same_bits(a, b):
+def residual_bytes(vjp: Any, shapes: Any) -> int:
+    """Returns the bytes that a vjp holds between forward and backward."""
+    jaxpr = jax.make_jaxpr(lambda *shapes: jax.tree.leaves(vjp(*shapes)[1]))(*shapes)
+    # What several rules keep is held once.
+    held = {v for v in jaxpr.jaxpr.outvars if isinstance(v, Var)}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in held)
+
+
+class Spelling(NamedTuple):
+    """A program as one implementation spells it; ``vjp`` gives its residuals."""
+
+    part: str
+    layer: str
+    program: Any
+    vjp: Any = None
+
+
+def spell(case: Case, model: Model) -> list[Spelling]:
+    """Returns the programs of one case, those that are the measure before others."""
+    program = PROGRAMS[case.program]
+    make_scale = SCALES[case.scale][1]
+
+    def lift(function):
+        def lifted(state, x, argument):
+            params = state[0] if program.setting is adam_step else state
+            return function(params, x, make_scale(argument))
+
+        return jax.vmap(lifted, (0, None, 0)) if program.setting is sweep else lifted
+
+    def forward(layer, reverse):
+        loss = program.make_loss(model, reverse, program.around)
+        return Spelling("forward", layer, lift(loss))
+
+    def gradient(layer, reverse):
+        whole = program.setting(program.gradient(model, reverse), make_scale)
+        vjp = lift(program.value_and_pull(model, reverse))
+        return Spelling("gradient", layer, whole, vjp)
+
+    return [
+        forward("none", identity),
+        forward("jaxgrl", model.reverse),
+        gradient("none", identity),
+        gradient("by hand", None),
+        gradient("jaxgrl", model.reverse),
+        *(gradient(name, REVERSALS[name]) for name in OTHERS),
+    ]
+
+
+def same_bits(a: Any, b: Any) -> bool:
     """Returns whether two pytrees hold the same bits."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in pairs)
 
 
-def compare(name, dtype, per_example):
-    """Returns the rows of one case for the table, and where the claim fails."""
-    features, params, x = make_model(name, dtype)
-    scale = jnp.linspace(0.1, 1.0, BATCH) if per_example else jnp.float32(0.3)
-    case = (
-        f"{name}, {jnp.dtype(dtype).name}, {'per example' if per_example else 'scalar'}"
-    )
-    rows, failures = [], []
-
-    def run(label, program):
-        counts, value = measure(program, params, x, scale)
-        rows.append((case, label, counts))
-        return counts, value
-
-    without, plain = run("forward, no layer", make_forward(features, identity))
-    counts, value = run(
-        "forward, jaxgrl", make_forward(features, jaxgrl.gradient_reversal)
-    )
-    for column in FORWARD:
-        if counts[column] != without[column]:
-            failures.append(f"{case}: forward {column} differ from no layer")
-    counts["same bits"] = same_bits(value, plain)
-    if not counts["same bits"]:
-        failures.append(f"{case}: forward has other bits than no layer")
-
-    run("gradient, no layer", make_gradient(features, identity))
-    limit, expected = run("gradient, by hand", make_gradient_by_hand(features))
-    gradient = make_gradient(features, jaxgrl.gradient_reversal)
-    counts, value = run("gradient, jaxgrl", gradient)
-    for column in BACKWARD:
-        if counts[column] > limit[column]:
-            failures.append(f"{case}: gradient {column} are more than by hand")
-    counts["same bits"] = same_bits(value, expected)
-    if not counts["same bits"]:
-        failures.append(f"{case}: the gradient has other bits than by hand")
-    return rows, failures
+def compare(case: Case, mesh: Mesh | None, run: bool) -> dict[str, Any]:
+    """Returns the counts of one case: part -> layer -> column -> count."""
+    program = PROGRAMS[case.program]
+    model = program.build(jnp.dtype(case.dtype))
+    arguments = make_arguments(program, model, case.scale)
+    shapes = place(case, arguments, mesh)
+    counts: dict[str, Any] = {"forward": {}, "gradient": {}}
+    oracles = {}
+    for part, layer, function, vjp in spell(case, model):
+        donate = part == "gradient" and program.setting is adam_step
+        try:
+            found, compiled = measure(function, shapes, donate)
+            if vjp:
+                found["residual bytes"] = residual_bytes(vjp, shapes)
+        except Exception as error:
+            if layer not in OTHERS:
+                raise
+            counts[part][layer] = {"error": type(error).__name__}
+            continue
+        if run:
+            # Copies, since a donated argument is gone afterwards.
+            copies = jax.tree.map(
+                lambda a, s: jax.device_put(np.array(a), s.sharding), arguments, shapes
+            )
+            value = jax.tree.map(np.asarray, compiled(*copies))
+            if layer == {"forward": "none", "gradient": "by hand"}[part]:
+                oracles[part] = value
+            elif part in oracles:
+                found["same bits"] = same_bits(value, oracles[part])
+        counts[part][layer] = found
+    return counts
 
 
-def processor():
-    """Returns the name of the processor."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+def kept_bytes(case: Case) -> int:
+    """Returns the bytes of one more copy of the features, and of an index each."""
+    model = PROGRAMS[case.program].build(jnp.dtype(case.dtype))
+    features = jax.eval_shape(model.features, model.params["features"], model.x)
+    runs = SWEEP if PROGRAMS[case.program].setting is sweep else 1
+    leaves = jax.tree.leaves(features)
+    return runs * sum(h.size * h.dtype.itemsize + 4 for h in leaves)
 
 
-def main():
-    """Prints the table and the verdict."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
-
-    cases = [
-        (name, dtype, per_example)
-        for name in ("MLP", "conv + attention")
-        for dtype in (jnp.float32, jnp.bfloat16)
-        for per_example in (False, True)
-    ]
-    columns = ("ops", "fusions", "flops", "bytes", "copies", "temp bytes", "same bits")
-    print(f"{'':60}" + "".join(f"{column:>12}" for column in columns))
+def judge(case: Case, counts: dict[str, Any]) -> list[str]:
+    """Returns where the claim fails."""
+    allowed = dict.fromkeys(BACKWARD, 0) | {"residual bytes": kept_bytes(case)}
+    if PROGRAMS[case.program].make_loss is make_loss_in_scan:
+        allowed = dict.fromkeys(("temp bytes", "residual bytes"), kept_bytes(case))
     failures = []
-    for case in cases:
-        rows, failed = compare(*case)
-        failures += failed
-        for name, label, counts in rows:
-            cells = "".join(f"{counts.get(column, '')!s:>12}" for column in columns)
-            print(f"{name:40}{label:20}{cells}", flush=True)
+    for part, oracle in (("forward", "none"), ("gradient", "by hand")):
+        ours, limit = counts[part]["jaxgrl"], counts[part][oracle]
+        for column in FORWARD if part == "forward" else allowed:
+            a, b = ours[column], limit[column]
+            if a is None:
+                continue
+            if a != b if part == "forward" else a > b + allowed[column]:
+                failures.append(f"{case}: {part}, {column}: {a}, {oracle} {b}")
+        if ours["collectives"] != limit["collectives"]:
+            failures.append(f"{case}: {part}, other collectives than {oracle}")
+        if not ours.get("same bits", True):
+            failures.append(f"{case}: {part}, other bits than {oracle}")
+    return failures
 
-    print(f"\n{shlex.join([pathlib.Path(sys.executable).name, *sys.argv])}")
-    print(f"{jax.devices()[0].device_kind}: {processor()}, {platform.platform()}")
-    print(
-        f"Python {platform.python_version()}, jaxgrl {jaxgrl.__version__}, "
-        f"jax {jax.__version__}, jaxlib {importlib.metadata.version('jaxlib')}, "
-        f"optax {optax.__version__}"
+
+def difference(ours: dict[str, Any], limit: dict[str, Any]) -> str:
+    """Returns in words by how much one program is worse than another."""
+    if "error" in ours:
+        return ours["error"]
+    worse = []
+    for column in ("fusions", "copies"):
+        if ours[column] != limit[column]:
+            worse.append(f"{ours[column] - limit[column]:+d} {column}")
+    for column in ("flops", "bytes", "temp bytes", "residual bytes"):
+        a, b = ours.get(column), limit.get(column)
+        if a is not None and a != b:
+            worse.append(
+                f"{100 * (a - b) / b:+.2g} % {column}" if b else f"+{a} {column}"
+            )
+    if not worse and ours["ops"] != limit["ops"]:
+        worse.append(f"{ours['ops'] - limit['ops']:+d} ops")
+    if ours["collectives"] != limit["collectives"]:
+        worse.append("other collectives")
+    if not ours.get("same bits", True):
+        worse.append("other bits")
+    return ", ".join(worse) or "equal"
+
+
+def table_row(case: Case, counts: dict[str, Any]) -> dict[str, Any]:
+    """Returns one line of the table: by hand in numbers, others by the difference."""
+    limit = counts["gradient"]["by hand"]
+    row: dict[str, Any] = {"case": str(case)}
+    row |= {column: limit[column] for column in BACKWARD if limit[column] is not None}
+    row["collectives"] = len(limit["collectives"])
+    forward = counts["forward"]
+    row["forward"] = difference(forward["jaxgrl"], forward["none"])
+    for layer in ("jaxgrl", "none", *OTHERS):
+        row[layer] = difference(counts["gradient"][layer], limit)
+    return row
+
+
+def targets(backend: str) -> Iterator[tuple[str, list[Any], bool]]:
+    """Yields (name, devices, whether programs run there)."""
+    if backend == "tpu-aot":
+        os.environ |= {
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+            "TPU_LOG_DIR": tempfile.mkdtemp(),
+        }
+        for name, topology in TPUS.items():
+            chips = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            yield f"tpu {name} compiled", chips.devices, False
+    elif backend == "cuda-aot":
+        chips = topologies.get_topology_desc(
+            platform="cuda", target_config=H100.read_text(), topology="1x1x4"
+        )
+        yield "h100 compiled", chips.devices, False
+    else:
+        devices = jax.devices(backend)
+        yield devices[0].device_kind, devices, True
+
+
+def main() -> None:
+    """Prints a table for each device and the verdict."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few programs")
+    parser.add_argument(
+        "--backend",
+        default="cpu",
+        choices=("cpu", "gpu", "tpu", "tpu-aot", "cuda-aot"),
+        help="what to compile for (default: cpu)",
     )
-    if failures:
-        sys.exit("The claim does not hold:\n" + "\n".join(failures))
-    print(f"The claim holds in all {len(cases)} cases.")
+    args = parser.parse_args()
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+    if args.backend in ("cpu", "tpu-aot", "cuda-aot"):
+        jax.config.update("jax_platforms", "cpu")
+
+    status = 0
+    for name, devices, run in targets(args.backend):
+        record = Record(
+            "overhead", args.output, device=None if args.backend == "cpu" else name
+        )
+        mesh = Mesh(np.array(devices), ("devices",))
+        cases = make_cases(quick=args.quick, compiled_only=not run)
+        rows, failed = [], []
+        for case in tqdm(cases, desc=name, unit="case", leave=False):
+            counts = compare(case, mesh if case.sharded else None, run)
+            record.add({"case": case._asdict(), "counts": counts})
+            rows.append(table_row(case, counts))
+            failed += judge(case, counts)
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        print(
+            f"\nGradient by hand on {name}, {len(devices)} devices where data parallel:"
+        )
+        print_table(rows, columns)
+        status |= record.close(f"in all {len(cases)} cases.", failed)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,158 @@
+"""What every benchmark leaves behind: a table, a verdict, and a file of results.
+
+A file of results is JSON: the command, the date, the machine, the versions, whether the
+run was complete, where the claim failed, and the rows of the table. It is written after
+every row and in one move, so that an interruption loses nothing that was measured.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+PACKAGES = ("jaxgrl", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser whose --help is the script's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("runs"),
+        help="the folder that results are kept in, as a new JSON file (default: runs)",
+    )
+    return parser
+
+
+def processor() -> str:
+    """Returns the name of the processor."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Returns the versions of Python and of those packages that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Record:
+    """The results of one run, as they are kept in a file that no other run writes.
+
+    Attributes:
+      rows: The rows of the table, each a dictionary; ``add`` appends to them.
+      path: The file, named by benchmark, device, machine and date.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: pathlib.Path,
+        *,
+        device: str | None = None,
+        packages: Sequence[str] = PACKAGES,
+    ):
+        """Starts the file; ``device`` is what ran or was compiled for, if no CPU."""
+        now = datetime.datetime.now().astimezone()
+        cores = os.cpu_count()
+        machine = f"{device or processor()} {'' if device else f'{cores} cores'}"
+        slug = re.sub(r"[^a-z0-9.]+", "-", f"{name} {machine}".lower()).strip("-")
+        self.rows: list[Row] = []
+        self.path = folder / f"{slug}-{now:%Y%m%d-%H%M%S}.json"
+        self.data: dict[str, Any] = {
+            "benchmark": name,
+            "complete": False,
+            "holds": None,
+            "failures": [],
+            "command": shlex.join([pathlib.Path(sys.executable).name, *sys.argv]),
+            "date": now.isoformat(timespec="seconds"),
+            "machine": {
+                "processor": processor(),
+                "cores": cores,
+                "platform": platform.platform(),
+                "device": device or "cpu",
+            },
+            "versions": versions(packages),
+            "rows": self.rows,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path.open("x").close()
+        self.save()
+
+    def add(self, row: Row) -> None:
+        """Appends a row and keeps it."""
+        self.rows.append(row)
+        self.save()
+
+    def save(self) -> None:
+        """Writes the file in one move: an interruption leaves the old or the new."""
+        draft = self.path.with_suffix(".part")
+        draft.write_text(json.dumps(self.data, indent=1) + "\n")
+        draft.replace(self.path)
+
+    def close(self, claim: str, failures: Iterable[str]) -> int:
+        """Keeps and prints the verdict; returns the exit status that it deserves."""
+        failures = list(failures)
+        self.data |= {"complete": True, "holds": not failures, "failures": failures}
+        self.save()
+        machine = self.data["machine"]
+        print(f"\n{self.data['command']}")
+        print(
+            f"{self.data['date']}; {machine['device']}; {machine['processor']}, "
+            f"{machine['cores']} cores, {machine['platform']}"
+        )
+        print(", ".join(f"{k} {v}" for k, v in self.data["versions"].items()))
+        print(f"Kept in {self.path}")
+        if failures:
+            print("The claim does not hold:", *failures, sep="\n")
+        else:
+            print(f"The claim holds: {claim}")
+        return int(bool(failures))
+
+
+def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Prints the columns of the rows: text to the left, numbers to the right."""
+    cells = [[_cell(row.get(column, "")) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    numeric = [
+        any(isinstance(row.get(column), int | float) for row in rows)
+        for column in columns
+    ]
+
+    def line(texts: Sequence[str]) -> str:
+        pads: list[Callable[[str, int], str]] = [
+            str.rjust if n else str.ljust for n in numeric
+        ]
+        padded = (p(t, w) for p, t, w in zip(pads, texts, widths, strict=True))
+        return "  ".join(padded).rstrip()
+
+    print(line(columns))
+    for texts in cells:
+        print(line(texts))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
