@@ -7,7 +7,8 @@ hand, and forward it is nothing.
   temporary bytes as the program without it, and computes the same bits.
 - Backward, the program is in no column worse than the reversal written out by hand (one
   vjp for the heads, one multiplication, one vjp for the features), which is the
-  physical limit; and its gradients have the same bits.
+  physical limit; and its gradients have the same bits. Some compilers schedule that
+  program otherwise than one vjp; there, by hand as one rule counts too.
 - On several devices, it has the same collectives as by hand, in the same order.
 
 The price of being right at every order of differentiation: what comes out of the layer
@@ -59,6 +60,7 @@ from programs import (
     identity,
     make_arguments,
     make_loss_in_scan,
+    one_rule,
     sweep,
 )
 from report import Record, make_parser, print_table
@@ -205,6 +207,7 @@ def spell(case: Case, model: Model) -> list[Spelling]:
         forward("jaxgrl", model.reverse),
         gradient("none", identity),
         gradient("by hand", None),
+        gradient("by hand, one rule", one_rule),
         gradient("jaxgrl", model.reverse),
         *(gradient(name, REVERSALS[name]) for name in OTHERS),
     ]
@@ -250,12 +253,15 @@ def compare(case: Case, mesh: Mesh | None, run: bool) -> dict[str, Any]:
 
 
 def kept_bytes(case: Case) -> int:
-    """Returns the bytes of one more copy of the features, and of an index each."""
+    """Returns the bytes of one more copy of the features.
+
+    With it come the index of the tie and, in a loop, a pointer: 16 bytes each.
+    """
     model = PROGRAMS[case.program].build(jnp.dtype(case.dtype))
     features = jax.eval_shape(model.features, model.params["features"], model.x)
     runs = SWEEP if PROGRAMS[case.program].setting is sweep else 1
     leaves = jax.tree.leaves(features)
-    return runs * sum(h.size * h.dtype.itemsize + 4 for h in leaves)
+    return runs * sum(h.size * h.dtype.itemsize + 16 for h in leaves)
 
 
 def judge(case: Case, counts: dict[str, Any]) -> list[str]:
@@ -266,8 +272,9 @@ def judge(case: Case, counts: dict[str, Any]) -> list[str]:
     failures = []
     for part, oracle in (("forward", "none"), ("gradient", "by hand")):
         ours, limit = counts[part]["jaxgrl"], counts[part][oracle]
+        rule = counts[part].get("by hand, one rule", limit)
         for column in FORWARD if part == "forward" else allowed:
-            a, b = ours[column], limit[column]
+            a, b = ours[column], max(limit[column] or 0, rule[column] or 0)
             if a is None:
                 continue
             if a != b if part == "forward" else a > b + allowed[column]:
@@ -310,7 +317,7 @@ def table_row(case: Case, counts: dict[str, Any]) -> dict[str, Any]:
     row["collectives"] = len(limit["collectives"])
     forward = counts["forward"]
     row["forward"] = difference(forward["jaxgrl"], forward["none"])
-    for layer in ("jaxgrl", "none", *OTHERS):
+    for layer in ("jaxgrl", "by hand, one rule", "none", *OTHERS):
         row[layer] = difference(counts["gradient"][layer], limit)
     return row
 
@@ -357,6 +364,7 @@ def main() -> None:
 
     status = 0
     for name, devices, run in targets(args.backend):
+        jax.clear_caches()
         record = Record(
             "overhead", args.output, device=None if args.backend == "cpu" else name
         )

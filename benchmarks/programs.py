@@ -281,19 +281,21 @@ def pull_by_hand(
 
 
 @jax.custom_vjp
-def first_order_rule(x: Any, scale: Any) -> Any:
-    """The reversal by hand where two vjps cannot be parted: in the body of a scan.
+def one_rule(x: Any, scale: Any) -> Any:
+    """The reversal by hand as a rule, right to first order and for these scales only.
 
-    It does less than jaxgrl: its derivatives of second order are wrong.
+    It goes where two vjps cannot be parted: into a checkpoint or the body of a scan.
     """
     del scale
     return x
 
 
-first_order_rule.defvjp(
-    lambda x, scale: (x, scale),
-    lambda scale, ct: (_reversed_by_hand(ct, jnp.asarray(scale, jnp.float32)), None),
-)
+def _one_rule_bwd(scale: Any, ct: Any) -> Any:
+    scale = jnp.asarray(scale, jnp.float32)
+    return jax.tree.map(lambda leaf: _reversed_by_hand(leaf, scale), ct), None
+
+
+one_rule.defvjp(lambda x, scale: (x, scale), _one_rule_bwd)
 
 
 # What a training wraps round a gradient: from gradient(params, x, scale) to
@@ -351,14 +353,14 @@ class Program(NamedTuple):
     make_loss: Callable[[Model, Reverse, Any], Loss] = make_loss
 
     def value_and_pull(self, model: Model, reverse: Reverse | None) -> Any:
-        """Returns f(params, x, scale) -> loss, vjp; by hand where reverse is None."""
+        """Returns f(params, x, scale) -> loss, vjp; by two vjps if reverse is None."""
         if reverse is None and self.make_loss is make_loss:
             return functools.partial(pull_by_hand, model, self.around)
-        loss = self.make_loss(model, reverse or first_order_rule, self.around)
+        loss = self.make_loss(model, reverse or one_rule, self.around)
         return lambda params, x, scale: jax.vjp(lambda p: loss(p, x, scale), params)
 
     def gradient(self, model: Model, reverse: Reverse | None) -> Gradient:
-        """Returns the gradient with a layer; by hand where reverse is None."""
+        """Returns the gradient with a layer; by two vjps if reverse is None."""
         value_and_pull = self.value_and_pull(model, reverse)
 
         def gradient(params, x, scale):

@@ -1,0 +1,186 @@
+"""Draws the pictures of benchmarks/README.md from the results that are kept.
+
+    python benchmarks/plot.py                   # from and to benchmarks/results
+    python benchmarks/plot.py --results FOLDER
+
+Of each benchmark, the newest complete file is drawn. Needs matplotlib.
+"""
+
+import argparse
+import json
+import pathlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+HERE = pathlib.Path(__file__).parent
+GOOD, WORSE, ERROR = "#0072B2", "#D55E00", "#BBBBBB"  # told apart by colour-blind eyes
+INK = "#333333"
+
+
+def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
+    """Returns the newest complete results of a benchmark on the CPU, if there are."""
+    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")]
+    complete = [
+        d for d in found if d["complete"] and "compiled" not in d["machine"]["device"]
+    ]
+    return max(complete, key=lambda d: d["date"], default=None)
+
+
+def machine_line(data: dict[str, Any]) -> str:
+    """Returns where and when the numbers of a picture were measured."""
+    machine, versions = data["machine"], data["versions"]
+    return (
+        f"{data['command']} · {machine['processor']}, {machine['cores']} cores · "
+        f"Python {versions['python']}, jax {versions['jax']} · {data['date'][:10]}"
+    )
+
+
+def save(figure: Figure, data: dict[str, Any], path: pathlib.Path) -> None:
+    """Writes a picture, on white, so that it is legible on any background."""
+    figure.supxlabel(machine_line(data), fontsize=7, color=INK)
+    figure.savefig(path, dpi=150, facecolor="white")
+    print(path)
+
+
+def draw_overhead(data: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws how many programs are equal to by hand, and the bytes of the others."""
+    layers = ("jaxgrl", "five lines", "stop_gradient trick", "optax.scale_gradient")
+    columns = ("ops", "fusions", "flops", "bytes", "copies", "temp bytes")
+    counts = {layer: Counter() for layer in layers}
+    extra: dict[str, list[float]] = {layer: [] for layer in layers}
+    for row in data["rows"]:
+        gradient = row["counts"]["gradient"]
+        limit = gradient["by hand"]
+        for layer in layers:
+            ours = gradient[layer]
+            if "error" in ours:
+                counts[layer]["does not run"] += 1
+                continue
+            more = any(ours[c] > limit[c] for c in columns)
+            equal = not more and ours.get("same bits", True)
+            counts[layer]["equal or less" if equal else "more, or other bits"] += 1
+            extra[layer].append(100 * (ours["bytes"] / limit["bytes"] - 1))
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    start = np.zeros(len(layers))
+    colors = {
+        "equal or less": GOOD,
+        "more, or other bits": WORSE,
+        "does not run": ERROR,
+    }
+    for kind, color in colors.items():
+        width = np.array([counts[layer][kind] for layer in layers])
+        bars = left.barh(layers, width, left=start, color=color, label=kind)
+        left.bar_label(
+            bars,
+            [str(w) if w else "" for w in width],
+            label_type="center",
+            color="black" if color == ERROR else "white",
+        )
+        start = start + width
+    left.invert_yaxis()
+    left.set(title="Gradient programs, beside the reversal by hand", xlabel="programs")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+    rng = np.random.default_rng(0)
+    for y, layer in enumerate(layers):
+        jitter = y + rng.uniform(-0.25, 0.25, len(extra[layer]))
+        color = GOOD if layer == "jaxgrl" else WORSE
+        right.plot(extra[layer], jitter, "o", ms=4, alpha=0.6, color=color, mew=0)
+    right.axvline(0, color=INK, lw=0.8)
+    right.set(
+        title="Memory traffic of those that run", xlabel="bytes more than by hand [%]"
+    )
+    right.grid(axis="x", alpha=0.3)
+    save(figure, data, path)
+
+
+def draw_timing(data: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the ratios of step times with their intervals."""
+    rows = [r for r in data["rows"] if r["section"] in ("steps", "devices")]
+    figure = Figure(figsize=(9, 0.34 * len(rows) + 1.4), layout="constrained")
+    axis = figure.subplots()
+    for y, row in enumerate(rows):
+        own = "jaxgrl" in row["what"]
+        axis.plot([row["low"], row["high"]], [y, y], color=GOOD if own else "0.6", lw=4)
+        axis.plot(row["ratio"], y, "o", color="white", mec=INK, ms=6)
+    axis.axvline(1, color=INK, lw=0.8)
+    labels = [f"{r['what']}   ({r['milliseconds']:.3g} ms)" for r in rows]
+    axis.set_yticks(range(len(rows)), labels)
+    axis.invert_yaxis()
+    axis.set(
+        title="Step time: median ratio and its joint 95 % interval", xlabel="ratio"
+    )
+    axis.set_xlim(0.97, 1.03)
+    axis.grid(axis="x", alpha=0.3)
+    save(figure, data, path)
+
+
+def draw_correctness(data: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the matrix of situations and implementations, a half cell per JAX."""
+    rows = data["rows"]
+    situations = list(dict.fromkeys(row["situation"] for row in rows))
+    layers = list(dict.fromkeys(row["implementation"] for row in rows))
+    versions = [key for key in rows[0] if key.startswith("jax ")]
+    code = {"right": 0, "wrong": 1, "error": 2}
+    image = np.zeros((len(situations), len(layers) * len(versions)))
+    for row in rows:
+        y, x = situations.index(row["situation"]), layers.index(row["implementation"])
+        for i, version in enumerate(versions):
+            image[y, x * len(versions) + i] = code[row[version]["verdict"]]
+    figure = Figure(figsize=(11, 0.19 * len(situations) + 2.2), layout="constrained")
+    axis = figure.subplots()
+    colors = ListedColormap([GOOD, WORSE, ERROR])
+    axis.imshow(image, cmap=colors, aspect="auto", vmin=0, vmax=2, interpolation="none")
+    axis.set_yticks(range(len(situations)), situations, fontsize=7)
+    middle = len(versions) * (np.arange(len(layers)) + 0.5) - 0.5
+    axis.set_xticks(middle, layers, rotation=30, ha="left")
+    axis.xaxis.tick_top()
+    axis.hlines(np.arange(1, len(situations)) - 0.5, *axis.get_xlim(), "white", lw=0.5)
+    edges = len(versions) * np.arange(1, len(layers)) - 0.5
+    axis.vlines(edges, *axis.get_ylim(), "white", lw=4)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    names = ("right", "silently wrong", "error")
+    handles = [
+        Patch(color=c, label=n)
+        for c, n in zip((GOOD, WORSE, ERROR), names, strict=True)
+    ]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False}
+    title = (
+        f"within a cell: {', '.join(versions)}" if len(versions) > 1 else versions[0]
+    )
+    axis.legend(handles=handles, ncols=3, title=title, **place)
+    save(figure, data, path)
+
+
+DRAW = {
+    "overhead": draw_overhead,
+    "timing": draw_timing,
+    "correctness": draw_correctness,
+}
+
+
+def main() -> None:
+    """Draws every benchmark that has results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results",
+        type=pathlib.Path,
+        default=HERE / "results",
+        help="the folder of the results, and of the pictures",
+    )
+    folder = parser.parse_args().results
+    for name, draw in DRAW.items():
+        if data := newest(folder, name):
+            draw(data, folder / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
