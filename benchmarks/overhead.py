@@ -168,8 +168,9 @@ def residual_bytes(vjp: Any, shapes: Any) -> int:
     """Returns the bytes that a vjp holds between forward and backward."""
     jaxpr = jax.make_jaxpr(lambda *shapes: jax.tree.leaves(vjp(*shapes)[1]))(*shapes)
     # What several rules keep is held once.
-    held = {v for v in jaxpr.jaxpr.outvars if isinstance(v, Var)}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in held)
+    pairs = zip(jaxpr.jaxpr.outvars, jaxpr.out_avals, strict=True)
+    held: dict[Var, Any] = {v: aval for v, aval in pairs if isinstance(v, Var)}
+    return sum(aval.size * aval.dtype.itemsize for aval in held.values())
 
 
 class Spelling(NamedTuple):
@@ -266,9 +267,12 @@ def kept_bytes(case: Case) -> int:
 
 def judge(case: Case, counts: dict[str, Any]) -> list[str]:
     """Returns where the claim fails."""
-    allowed = dict.fromkeys(BACKWARD, 0) | {"residual bytes": kept_bytes(case)}
+    allowed: dict[str, int] = dict.fromkeys(BACKWARD, 0) | {
+        "residual bytes": kept_bytes(case)
+    }
     if PROGRAMS[case.program].make_loss is make_loss_in_scan:
-        allowed = dict.fromkeys(("temp bytes", "residual bytes"), kept_bytes(case))
+        kept = kept_bytes(case)
+        allowed = {"temp bytes": kept, "residual bytes": kept}
     failures = []
     for part, oracle in (("forward", "none"), ("gradient", "by hand")):
         ours, limit = counts[part]["jaxgrl"], counts[part][oracle]

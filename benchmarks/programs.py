@@ -44,8 +44,8 @@ class Model(NamedTuple):
     """
 
     features: Callable[[Params, jax.Array], Any]
-    label: Callable[[Params, Any], jax.Array]
-    domain: Callable[[Params, Any], jax.Array]
+    label: Callable[[Params, Any], Any]
+    domain: Callable[[Params, Any], Any]
     params: Params
     x: jax.Array
     reverse: Reverse = jaxgrl.gradient_reversal
@@ -200,8 +200,8 @@ def linen_mlp(dtype: Any) -> Model:
     def reverse(h, scale):
         return jaxgrl.linen.GradientReversal().apply({}, h, scale)
 
-    calls = (parts[name].apply for name in ("features", "label", "domain"))
-    return Model(*calls, params, x, reverse)
+    features, label, domain = (part.apply for part in parts.values())
+    return Model(features, label, domain, params, x, reverse)
 
 
 # The three ways to write a gradient.

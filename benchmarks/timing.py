@@ -66,9 +66,9 @@ def interval(values: Sequence[float], comparisons: int) -> tuple[float, float, f
 def clock(function: Callable[[], Any], repeats: int = 1) -> float:
     """Returns the seconds of one call, from so many in a row."""
     start = time.perf_counter()
-    for _ in range(repeats):
-        value = function()
-    jax.block_until_ready(value)
+    for _ in range(repeats - 1):
+        function()
+    jax.block_until_ready(function())
     return (time.perf_counter() - start) / repeats
 
 
@@ -130,6 +130,7 @@ def measure_ratios(
     clocks, _ = step_clocks(model, mesh)
     pairs = (("jaxgrl", "by hand"), ("jaxgrl", "none"), ("by hand again", "by hand"))
     rounds: list[dict[str, float]] = []
+    found: dict[tuple[str, str], tuple[float, float, float]] = {}
     while len(rounds) < MOST_ROUNDS:
         rounds += shuffled_rounds(clocks, LEAST_ROUNDS)
         found = {
