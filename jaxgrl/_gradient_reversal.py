@@ -250,8 +250,17 @@ def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
     return lax.convert_element_type(product, t.dtype)
 
 
+# Where a scan hoists loop invariants, JAX before 0.12 drops a custom_jvp rule and keeps
+# what its function does, so that second derivatives would be reversed once, silently. A
+# custom_vjp rule is kept: reverse over reverse is right there, and forward over reverse
+# (hessian) raises. See test_trap_7_higher_order_through_scan.
+_SCAN_DROPS_CUSTOM_JVP = jax.__version_info__ < (0, 12)
+
+
 @jax.custom_jvp
 def _forward_rule(x: jax.Array, scale: Any) -> jax.Array:
+    if _SCAN_DROPS_CUSTOM_JVP:
+        return _reverse_rule(x, scale)
     del scale
     return x
 

@@ -3,6 +3,8 @@
 The oracle is ordinary autodiff of the same function without the layer.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -233,6 +235,44 @@ def test_trap_7_each_differentiation_passes_through_the_rule(spelling, order, ji
     second = maybe_jit(SECOND_ORDER[order](f(reverse)))(x, v)
     plain = SECOND_ORDER[order](f(identity))(x, v)
     np.testing.assert_allclose(second, scale**2 * plain, rtol=1e-5, atol=1e-6)
+
+
+FORWARD_OVER_REVERSE = (
+    "hessian",
+    "jvp of grad",
+    "jacfwd of jacrev",
+    "linearize of grad",
+)
+
+
+def _through_scan(reverse):
+    """Reverses twice, in the body of a scan whose constant is hoisted out of it."""
+
+    def body(x, _):
+        return jnp.sin(reverse(x, 0.5) * jnp.exp(0.1)), None
+
+    return lambda x: jnp.sum(lax.scan(body, x, None, length=2)[0])
+
+
+def _unrolled(x):
+    for _ in range(2):
+        x = jnp.sin(gradient_reversal(x, 0.5) * jnp.exp(0.1))
+    return jnp.sum(x)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("order", SECOND_ORDER)
+def test_trap_7_higher_order_through_scan(order, forward_mode, jit):
+    reverse = functools.partial(gradient_reversal, forward_mode=forward_mode)
+    x, v = X[0, :3], X[1, :3] + 1
+    second = SECOND_ORDER[order](_through_scan(reverse))
+    second = jax.jit(second) if jit else second
+    if jax.__version_info__ < (0, 12) and order in FORWARD_OVER_REVERSE:
+        with pytest.raises(TypeError, match="forward-mode"):
+            second(x, v)
+        return
+    assert_close(second(x, v), SECOND_ORDER[order](_unrolled)(x, v))
 
 
 def test_trap_7_third_derivative_is_minus_scale_cubed():
