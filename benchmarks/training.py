@@ -1,0 +1,477 @@
+r"""How fast a DANN trains with jaxgrl, beside what a user could pick instead.
+
+The claim, on a machine with nothing else to do:
+
+- jaxgrl + NNX trains the small network at least 3 times as fast as PyTorch eager with
+  pytorch-revgrad, and the large one at least 2 times;
+- a sweep over 8 scales x 5 seeds, which a traced scale makes one compiled program,
+  takes the small network at most a third of PyTorch eager's 40 runs one after another;
+- jaxgrl, with NNX or Linen in a lax.scan, is behind no other row: not slower by more
+  than 3 %.
+
+Every factor is the median over rounds of the ratio of two times, and must hold at the
+unfavourable end of its 95 % interval (exact, from order statistics; from 6 rounds on).
+
+The comparison is void unless all have the same number of parameters, the same final
+accuracy on the target domain and the same final parameters. The mean accuracy over the
+seeds may differ by s sqrt(2 / rounds), with s the standard deviation over seeds: chance
+does as much to two independent trainings, and these have the same initial parameters
+and minibatches in common. How far the parameters are "apart" is their distance from
+those of jaxgrl + NNX, as a share of the way that training took them; the median over
+seeds may be 0.1, as the steps amplify rounding. skada draws its own minibatches: it is
+allowed 3 times the difference in accuracy, and its parameters are not compared.
+
+A round trains one seed with every row in random order, each in a process of its own. A
+first round warms up. Compiling, with empty caches, and the trials that choose PyTorch's
+threads and kind of SGD are counted apart; "first run" is compiling and training
+together. Memory is the peak of the process on the host, and of that what came on top of
+its imports. "A loop" is jaxgrl as one writes it at first, one nnx.jit step called from
+Python: nnx.jit walks through the model at every call, which takes longer than a small
+step does. nnx.cached_partial walks once. Both are shown, and no part of the claim.
+
+The environment in one command, in a clone (Python 3.11; PyTorch and skada may be left
+out, and their rows then read "not installed"):
+
+    python3 -m venv .venv-training && .venv-training/bin/pip install \
+        -e '.[benchmarks]' scikit-learn scipy tqdm torch pytorch-revgrad skada skorch
+
+    .venv-training/bin/python benchmarks/training.py           # about 40 minutes
+    .venv-training/bin/python benchmarks/training.py --quick   # a minute; no verdict
+
+Exits with status 1 where the claim does not hold.
+"""
+
+import concurrent.futures
+import functools
+import importlib
+import math
+import multiprocessing
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import report
+import trainers
+from tqdm import tqdm
+from trainers import CHUNK
+
+SIZES = {"small": 100, "middle": 256, "large": 512}
+APART = 0.1
+TARGETS, SWEEP_TARGET, BEHIND = {"small": 3.0, "large": 2.0}, 3.0, 0.97
+SCALES = (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0)
+PACKAGES = (*report.PACKAGES, "torch", "pytorch_revgrad", "skada", "skorch")
+OURS = (trainers.NNX, "jaxgrl + Linen")
+VMAP, SPREAD = "one program, vmap", "one program, lax.map on each device"
+EAGER_SWEEP = "PyTorch eager, one by one"
+COLUMNS = {
+    "training": (
+        *("size", "trainer", "steps/s", "ratio", "interval", "compile s"),
+        *(
+            "first run s",
+            "accuracy",
+            "difference",
+            "apart",
+            "MiB",
+            "over imports",
+            "settings",
+        ),
+    ),
+    "sweep": (
+        *("size", "trainer", "sweep s", "ratio", "interval", "compile s"),
+        *("ratio with compile", "its interval", "accuracy", "settings"),
+    ),
+}
+Row = dict[str, Any]
+
+
+class Worker:
+    """A process that holds one trainer.
+
+    Attributes:
+      info: What the trainer says about itself, and ``missing``, a module or None.
+    """
+
+    def __init__(self, modules: Sequence[str], make: Callable[..., Any], device: str):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, end = context.Pipe()
+        arguments = end, modules, make, device
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        # Inherited: an interruption is for the parent alone, which ends the others.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.process.start()
+        signal.signal(signal.SIGINT, handler)
+        end.close()
+        self.info = self.receive()
+
+    def receive(self) -> Row:
+        """Waits for the answer."""
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            sys.exit(f"A worker died with status {self.process.exitcode}")
+        if "error" in answer:
+            sys.exit(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        if not self.info["missing"]:
+            self.pipe.send(None)
+        self.process.join()
+
+
+def serve(
+    pipe: Any, modules: Sequence[str], make: Callable[[], trainers.Trainer], device: str
+) -> None:
+    """Trains what it is asked to, until it is asked for nothing."""
+    os.environ["JAX_PLATFORMS"] = "cuda" if device == "gpu" else "cpu"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the rows share a GPU
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] += f"/{os.getpid()}"  # an empty one
+    try:
+        try:
+            for module in modules:
+                importlib.import_module(module)
+        except ImportError as error:
+            pipe.send({"missing": error.name or str(error)})
+            return
+        imports = peak_memory()
+        made = make()
+        info = {key: value for key, value in vars(made).items() if key != "run"}
+        pipe.send(info | {"missing": None})
+        while jobs := pipe.recv():
+            seconds, compiling, finals = made.run(jobs)
+            answer = {
+                "seconds": seconds,
+                "compiling": compiling,
+                "accuracy": float(np.mean([*map(trainers.accuracy, finals)])),
+                "memory": peak_memory(),
+                "over imports": peak_memory() - imports,
+                "final": trainers.flat(finals[0]),
+            }
+            pipe.send(answer)
+    except Exception:
+        pipe.send({"error": traceback.format_exc()})
+
+
+def peak_memory() -> float:
+    """Returns the largest resident memory of this process so far, in MiB, on Linux."""
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(x.split()[1]) / 1024 for x in lines if x.startswith("VmHWM"))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Returns the exact 95 % interval of the median, of six values or more."""
+    n, k = len(values), 0
+    while sum(math.comb(n, i) for i in range(k + 1)) / 2**n <= 0.025:
+        k += 1
+    ordered = sorted(values)
+    return (ordered[k - 1], ordered[n - k]) if k else None
+
+
+def compare(times: np.ndarray, reference: np.ndarray) -> Row:
+    """Returns the median over rounds of the ratio of two times, and its interval."""
+    ratios = times / reference
+    bounds = interval(ratios.tolist())
+    shown = "[{:.2f}, {:.2f}]".format(*bounds) if bounds else "too few rounds"
+    return {"ratio": float(np.median(ratios)), "interval": shown, "bounds": bounds}
+
+
+def measure(
+    makers: dict[str, tuple[Sequence[str], Callable[..., Any], int]],
+    device: str,
+    rounds: Sequence[Sequence[trainers.Job]],
+    rng: random.Random,
+    bar: Any,
+) -> dict[str, tuple[Row, list[Row]]]:
+    """Returns what each row says about itself, and its answers in every round.
+
+    A row is made of (modules, make, how many workers); the workers share the jobs.
+    """
+    teams: dict[str, list[Worker]] = {}
+    for name, (modules, make, count) in makers.items():
+        bar.set_description(f"starting {name}")
+        teams[name] = [Worker(modules, make, device) for _ in range(count)]
+    present = sorted(n for n, team in teams.items() if not team[0].info["missing"])
+    answers: dict[str, list[Row]] = {name: [] for name in teams}
+    for jobs in [rounds[0], *rounds]:
+        for name in rng.sample(present, len(present)):
+            bar.set_description(name)
+            team = teams[name]
+            for i, worker in enumerate(team):
+                worker.pipe.send(jobs[i :: len(team)])
+            parts = [worker.receive() for worker in team]
+            answer: Row = {k: sum(part[k] for part in parts) for k in parts[0]}
+            answer["seconds"] = max(part["seconds"] for part in parts)
+            answer["accuracy"] /= len(parts)
+            answers[name].append(answer)
+            bar.update()
+    for worker in (worker for team in teams.values() for worker in team):
+        worker.close()
+    return {n: (team[0].info, answers[n][1:]) for n, team in teams.items()}
+
+
+class Verdict:
+    """What was found wrong, and what could not be measured."""
+
+    def __init__(self, judged: bool):
+        self.judged = judged
+        self.failures: list[str] = []
+        self.unmeasured: list[str] = []
+
+    def fail(self, text: str, always: bool = False) -> None:
+        """Notes a failure, unless too few rounds were run to judge."""
+        if self.judged or always:
+            self.failures.append(text)
+
+    def at_least(self, what: str, ratio: Row, target: float) -> None:
+        """Demands a ratio at the unfavourable end of its interval."""
+        low = (ratio["bounds"] or (0.0,))[0]
+        if low < target:
+            self.fail(
+                f"{what}: {ratio['ratio']:.2f} {ratio['interval']} times, "
+                f"not at least {target:g}"
+            )
+
+
+def column(answers: Sequence[Row], key: str) -> np.ndarray:
+    """Returns one number, of all rounds."""
+    return np.array([answer[key] for answer in answers])
+
+
+def train_with_all(size: str, args: Any, record: report.Record, bar: Any) -> Verdict:
+    """Measures the training at one size; keeps the rows and returns what failed."""
+    task = trainers.Task(SIZES[size], args.steps, args.device)
+    threads = thread_counts(args.device)
+    makers = {}
+    for name, (modules, make) in trainers.TRAINERS.items():
+        given = {"threads": threads} if "torch" in modules else {}
+        makers[name] = modules, functools.partial(make, task=task, **given), 1
+    rounds = [[(seed, 1.0)] for seed in range(args.rounds)]
+    measured = measure(makers, args.device, rounds, random.Random(0), bar)
+    expected, reference = measured[trainers.NNX]
+    times, accuracy = column(reference, "seconds"), column(reference, "accuracy")
+    initial = [trainers.flat(task.initial(seed)) for seed in range(args.rounds)]
+    travel = column(reference, "final") - np.array(initial)
+    verdict = Verdict(judged=not args.quick)
+    for name, (info, answers) in measured.items():
+        row: Row = {"what": "training", "size": size, "trainer": name}
+        if info["missing"]:
+            record.add(row | {"settings": f"not installed: {info['missing']}"})
+            continue
+        seconds, own = column(answers, "seconds"), column(answers, "accuracy")
+        away = column(answers, "final") - column(reference, "final")
+        away = np.linalg.norm(away, axis=1) / np.linalg.norm(travel, axis=1)
+        ratio = compare(seconds, times)
+        difference = float((own - accuracy).mean())
+        row |= {"steps/s": float(args.steps / np.median(seconds)), **ratio}
+        row |= {"compile s": info["compiling"], "tuning s": info["tuning"]}
+        row |= {"first run s": info["compiling"] + float(np.median(seconds))}
+        spread = float(np.std(own, ddof=1)) if args.rounds > 1 else 0.0
+        row |= {"accuracy": f"{own.mean():.1f} ± {spread:.1f}"}
+        row |= {"difference": f"{difference:+.2f}", "settings": info["settings"]}
+        row |= {"apart": float(np.median(away))}
+        row |= {"MiB": round(answers[-1]["memory"])}
+        row |= {"over imports": round(answers[-1]["over imports"])}
+        row |= {"parameters": info["parameters"], "seconds": seconds.tolist()}
+        record.add(row | {"accuracies": own.tolist()})
+        where = f"{size}, {name}"
+        if info["parameters"] != expected["parameters"]:
+            verdict.fail(f"{where}: void, {info['parameters']} parameters", always=True)
+        noise = float(np.std(accuracy, ddof=args.rounds > 1)) * (2 / args.rounds) ** 0.5
+        allowed = noise * (3 if name == trainers.SKADA else 1)
+        if name != trainers.SKADA and np.median(away) > APART:
+            verdict.fail(
+                f"{where}: void, ends {np.median(away):.2g} apart", always=True
+            )
+        if abs(difference) > allowed:
+            verdict.fail(
+                f"{where}: void, accuracy differs by {difference:+.2f} points, "
+                f"more than {allowed:.2f}"
+            )
+    judge_speed(size, {n: answers for n, (_, answers) in measured.items()}, verdict)
+    return verdict
+
+
+def judge_speed(size: str, measured: dict[str, list[Row]], verdict: Verdict) -> None:
+    """Demands the target of this size, and that none of ours is behind another."""
+    eager = measured[trainers.EAGER]
+    if size in TARGETS and eager:
+        times = column(measured[trainers.NNX], "seconds")
+        ratio = compare(column(eager, "seconds"), times)
+        verdict.at_least(f"{size}, PyTorch eager / jaxgrl", ratio, TARGETS[size])
+    elif size in TARGETS:
+        verdict.unmeasured.append(f"{size}, PyTorch eager")
+    for own in OURS:
+        for other, answers in measured.items():
+            if other in OURS or not answers:
+                continue
+            times = column(measured[own], "seconds")
+            ratio = compare(column(answers, "seconds"), times)
+            if (ratio["bounds"] or (0.0, 1.0))[1] < BEHIND:
+                factor = f"{ratio['ratio']:.3f} {ratio['interval']}"
+                verdict.fail(f"{size}: {own} is behind {other}, which takes {factor}")
+
+
+def sweep_with_all(size: str, args: Any, record: report.Record, bar: Any) -> Verdict:
+    """Measures the sweep at one size; keeps the rows and returns what failed."""
+    task = trainers.Task(SIZES[size], args.sweep_steps, args.device)
+    scales, seeds = (SCALES[:2], 2) if args.quick else (SCALES, 5)
+    jobs = [(seed, scale) for scale in scales for seed in range(seeds)]
+    makers: dict[str, tuple[Sequence[str], Callable[..., Any], int]] = {}
+
+    def add(
+        name: str, like: str, make: Callable[..., Any], *given: Any, count: int = 1
+    ):
+        make = functools.partial(make, *given, task=task)
+        makers[name] = trainers.TRAINERS[like][0], make, count
+
+    nnx, eager, threads = trainers.NNX, trainers.EAGER, thread_counts(args.device)
+    add(SPREAD, nnx, trainers.one_program, True, jobs)
+    add(VMAP, nnx, trainers.one_program, False, jobs)
+    add("jaxgrl, one by one", nnx, trainers.scanned, trainers.nnx_loss)
+    add("static scale, one by one", nnx, trainers.recompiled)
+    add(EAGER_SWEEP, eager, trainers.pytorch, False, threads)
+    cores = os.cpu_count() or 1
+    if cores > 1 and args.device == "cpu":
+        name = "PyTorch eager, a process a core"
+        add(name, eager, trainers.pytorch, False, (1,), count=cores)
+    rounds = [jobs] * args.sweep_rounds
+    measured = measure(makers, args.device, rounds, random.Random(1), bar)
+    verdict = Verdict(judged=not args.quick)
+    best = VMAP if args.device == "gpu" else SPREAD
+    reference = column(measured[best][1], "seconds")
+    compiling = measured[best][0]["compiling"]
+    accuracy = measured[best][1][0]["accuracy"]
+    for name, (info, answers) in measured.items():
+        row: Row = {"what": "sweep", "size": size, "trainer": name}
+        if info["missing"]:
+            record.add(row | {"settings": f"not installed: {info['missing']}"})
+            continue
+        seconds = column(answers, "seconds")
+        compiled = info["compiling"] + column(answers, "compiling")
+        ratio, whole = (
+            compare(seconds, reference),
+            compare(seconds + compiled, reference + compiling),
+        )
+        row |= {"sweep s": float(np.median(seconds)), **ratio}
+        row |= {"compile s": float(np.median(compiled))}
+        row |= {"ratio with compile": whole["ratio"], "its interval": whole["interval"]}
+        mean = answers[0]["accuracy"]
+        row |= {"accuracy": f"{mean:.1f}", "settings": info["settings"]}
+        record.add(row | {"seconds": seconds.tolist(), "tuning s": info["tuning"]})
+        where = f"{size}, sweep, {name}"
+        if abs(mean - accuracy) > 1:
+            verdict.fail(f"{where}: void, mean accuracy {mean:.1f} for {accuracy:.1f}")
+        if name == EAGER_SWEEP and size == "small":
+            verdict.at_least(where, ratio, SWEEP_TARGET)
+    if size == "small" and not measured[EAGER_SWEEP][1]:
+        verdict.unmeasured.append("small, sweep, PyTorch eager")
+    return verdict
+
+
+def thread_counts(device: str) -> list[int]:
+    """Returns the numbers of threads to try: powers of two, and all cores."""
+    cores = os.cpu_count() or 1
+    powers = {2**i for i in range(cores.bit_length())}
+    return (
+        [1] if device == "gpu" else sorted({n for n in powers if n <= cores} | {cores})
+    )
+
+
+def parse_args() -> Any:
+    """Returns the options, checked."""
+    parser = report.make_parser(__doc__)
+    add = parser.add_argument
+    add("--sizes", default="small,middle,large", help="of small, middle, large")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="default: cpu")
+    add("--steps", type=int, default=2000, help="of a training (default: 2000)")
+    add("--rounds", type=int, default=12, help="seeds of a training (default: 12)")
+    add("--sweep-steps", type=int, default=500, help="of a run there (default: 500)")
+    add("--sweep-rounds", type=int, default=6, help="default: 6; 0 is no sweep")
+    add("--quick", action="store_true", help="a smoke run: judges no time or accuracy")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps, args.rounds, args.sweep_steps, args.sweep_rounds = 200, 2, 100, 1
+        args.sizes = "small"
+    args.sizes = args.sizes.split(",")
+
+    def check(option: str, holds: bool, rule: str) -> None:
+        if not holds:
+            value = getattr(args, option.replace("-", "_"))
+            parser.error(f"--{option} must be {rule}, got {value}")
+
+    check("sizes", set(args.sizes) <= SIZES.keys(), "of small, middle and large")
+    for option in ("steps", "sweep-steps"):
+        steps = getattr(args, option.replace("-", "_"))
+        whole = steps >= 2 * CHUNK or (args.quick and steps >= CHUNK)
+        check(
+            option, whole and steps % CHUNK == 0, f"a multiple of {CHUNK}, 200 or more"
+        )
+    least = 1 if args.quick else 6
+    check("rounds", args.rounds >= least, "6 or more, for an interval")
+    rounds = args.sweep_rounds
+    check("sweep-rounds", rounds == 0 or rounds >= least, "0, or 6 or more")
+    args.gpu = None
+    if args.device == "gpu":
+        args.gpu, problem = isolated(trainers.find_gpu)
+        if problem:
+            parser.error(f"--device gpu: {problem}")
+    return args
+
+
+def isolated(function: Callable[[], Any]) -> Any:
+    """Returns what the function returns in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function).result()
+
+
+def main() -> int:
+    """Measures, keeps each row, prints the tables; returns the exit status."""
+    args = parse_args()
+    record = report.Record("training", args.output, device=args.gpu, packages=PACKAGES)
+    record.data["arguments"] = {k: v for k, v in vars(args).items() if k != "output"}
+    verdicts: list[Verdict] = []
+    trained = len(trainers.TRAINERS) * (args.rounds + 1)
+    swept = 6 * (args.sweep_rounds + 1) if args.sweep_rounds else 0
+    try:
+        with (
+            tempfile.TemporaryDirectory() as cache,
+            tqdm(total=len(args.sizes) * (trained + swept), unit="run") as bar,
+        ):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+            for size in args.sizes:
+                verdicts.append(train_with_all(size, args, record, bar))
+                if args.sweep_rounds:
+                    verdicts.append(sweep_with_all(size, args, record, bar))
+    except KeyboardInterrupt:
+        sys.exit(f"Interrupted: {record.path} keeps what is finished")
+    failures = [text for verdict in verdicts for text in verdict.failures]
+    unmeasured = [text for verdict in verdicts for text in verdict.unmeasured]
+    for what, columns in COLUMNS.items():
+        rows = [row for row in record.rows if row["what"] == what]
+        if not rows:
+            unmeasured.append(f"the {what}")
+            continue
+        print(f"\n{what}: ratio is the time over that of the first row of its size")
+        report.print_table(rows, columns)
+    claim = "nothing but equal parameters was judged, as this run is a quick one"
+    if not args.quick:
+        claim = f"every target is met in {', '.join(args.sizes)}"
+    if unmeasured:
+        claim += f"; not measured: {'; '.join(unmeasured)}"
+    record.data["not measured"] = unmeasured
+    return record.close(claim, failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
