@@ -158,10 +158,37 @@ def draw_correctness(data: dict[str, Any], path: pathlib.Path) -> None:
     save(figure, data, path)
 
 
+def draw_training(data: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the steps per second of every trainer, and the seconds of the sweep."""
+    rows = [row for row in data["rows"] if "seconds" in row]
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        kind = "steps a second" if row["what"] == "training" else "sweep, seconds"
+        panels.setdefault(f"{row['size']} network: {kind}", []).append(row)
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    for axis, (title, own) in zip(
+        figure.subplots(2, 2).flat, panels.items(), strict=False
+    ):
+        key = "sweep s" if "sweep" in title else "steps/s"
+        names = [row["trainer"] for row in own]
+        values = [row[key] for row in own]
+        ours = [name.startswith(("jaxgrl", "one program")) for name in names]
+        bars = axis.barh(names, values, color=[GOOD if o else "0.6" for o in ours])
+        axis.bar_label(
+            bars, [f"{value:.4g}" for value in values], padding=3, fontsize=8
+        )
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+    save(figure, data, path)
+
+
 DRAW = {
     "overhead": draw_overhead,
     "timing": draw_timing,
     "correctness": draw_correctness,
+    "training": draw_training,
 }
 
 
