@@ -1,5 +1,7 @@
 """Draws the pictures of benchmarks/README.md from the results that are kept.
 
+It also prints the table of the devices that programs were compiled for.
+
     python benchmarks/plot.py                   # from and to benchmarks/results
     python benchmarks/plot.py --results FOLDER
 
@@ -20,6 +22,7 @@ from matplotlib.patches import Patch
 HERE = pathlib.Path(__file__).parent
 GOOD, WORSE, ERROR = "#0072B2", "#D55E00", "#BBBBBB"  # told apart by colour-blind eyes
 INK = "#333333"
+EXAMPLE = ("conv + attention", "bfloat16")
 
 
 def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
@@ -45,6 +48,39 @@ def save(figure: Figure, data: dict[str, Any], path: pathlib.Path) -> None:
     figure.supxlabel(machine_line(data), fontsize=7, color=INK)
     figure.savefig(path, dpi=150, facecolor="white")
     print(path)
+
+
+def print_overheads(folder: pathlib.Path) -> None:
+    """Prints a row for each device that programs were compiled for, as Markdown.
+
+    The counts are of one program, jaxgrl / by hand.
+    """
+    columns = ("ops", "fusions", "flops", "bytes", "temp bytes")
+    header = ("device", "jax", "programs", "forward", "gradient", "collectives")
+    print(f"\n| {' | '.join([*header, *columns])} |")
+    print("| --- " * (len(header) + len(columns)) + "|")
+    for path in sorted(folder.glob("overhead-*.json")):
+        data = json.loads(path.read_text())
+        gradients = [row["counts"]["gradient"] for row in data["rows"]]
+        forwards = [row["counts"]["forward"] for row in data["rows"]]
+        differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in columns)
+        moved = sum(
+            g["jaxgrl"]["collectives"] != g["by hand"]["collectives"] for g in gradients
+        )
+        cells = [data["machine"]["device"], data["versions"]["jax"], len(gradients)]
+        cells += ["equal" if not differ else f"{differ} counts differ"]
+        cells += ["no worse" if data["holds"] else f"{len(data['failures'])} worse"]
+        cells += ["the same" if not moved else f"{moved} differ"]
+        example = next(
+            gradient
+            for row, gradient in zip(data["rows"], gradients, strict=True)
+            if (row["case"]["program"], row["case"]["dtype"]) == EXAMPLE
+            and row["case"]["scale"] == "per example"
+        )
+        for column in columns:
+            pair = [example[layer][column] for layer in ("jaxgrl", "by hand")]
+            cells.append("not given" if None in pair else " / ".join(map(str, pair)))
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def draw_overhead(data: dict[str, Any], path: pathlib.Path) -> None:
@@ -115,7 +151,7 @@ def draw_timing(data: dict[str, Any], path: pathlib.Path) -> None:
     axis.set(
         title="Step time: median ratio and its joint 95 % interval", xlabel="ratio"
     )
-    axis.set_xlim(0.97, 1.03)
+    axis.set_xlim(0.97, 1.05)
     axis.grid(axis="x", alpha=0.3)
     save(figure, data, path)
 
@@ -207,6 +243,7 @@ def main() -> None:
     for name, draw in DRAW.items():
         if data := newest(folder, name):
             draw(data, folder / f"{name}.png")
+    print_overheads(folder)
 
 
 if __name__ == "__main__":

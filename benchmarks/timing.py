@@ -167,7 +167,7 @@ def measure_steps() -> tuple[list[Row], list[str]]:
     models = {
         "small, MLP 64": mlp(jnp.float32, 64),
         "middle, conv + attention": conv_attention(jnp.float32),
-        "large, MLP 1024": mlp(jnp.float32, 1024),
+        "large, MLP 2048": mlp(jnp.float32, 2048),
     }
     rows, failures = [], []
     for name, model in tqdm(models.items(), desc="steps"):
