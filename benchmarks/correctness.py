@@ -52,6 +52,13 @@ HEADERS = {
     "optax.scale_gradient": "optax",
 }
 FOLDER = f"{pathlib.Path(__file__).parents[1]}/"
+README = (
+    "jaxgrl",
+    "five lines",
+    "custom_jvp",
+    "stop_gradient trick",
+    "optax.scale_gradient",
+)
 WIDTH = 64  # of the texts on a terminal; the file of results has them whole
 
 
@@ -110,10 +117,7 @@ def main() -> None:
         print_totals(situations, runs)
     for other in record.data["beside"]:
         print("\nBeside " + ", ".join(f"{k} {v}" for k, v in other.items()))
-    claim = (
-        f"jaxgrl is right in all {sum(not s.limit for s in situations)} situations on "
-        f"jax {' and '.join(runs)}, and its known limits are as documented."
-    )
+    claim = "jaxgrl is right but for its known limits, and these are as documented."
     sys.exit(record.close(claim, failures))
 
 
@@ -322,10 +326,10 @@ def print_markdown(situations: list[Situation], runs: dict[str, Cells]) -> None:
             return f"**{cell['text']}**"
         return cell["text"].split(":")[0] or "right"
 
-    print(f"| | {' | '.join(REVERSALS)} |")
-    print("| --- " * (1 + len(REVERSALS)) + "|")
+    print(f"| | {' | '.join(README)} |")
+    print("| --- " * (1 + len(README)) + "|")
     for situation, cells in _grid([s for s in situations if s.excerpt], runs):
-        shown = (combined(each, show, " / ") for each in cells.values())
+        shown = (combined(cells[name], show, " / ") for name in README)
         print(f"| {situation.name} | {' | '.join(shown)} |")
     print(f"\nBold is silently wrong; two entries are jax {' / '.join(runs)}.")
 
