@@ -151,7 +151,7 @@ def draw_timing(data: dict[str, Any], path: pathlib.Path) -> None:
     axis.set(
         title="Step time: median ratio and its joint 95 % interval", xlabel="ratio"
     )
-    axis.set_xlim(0.97, 1.05)
+    axis.set_xlim(0.97, 1.06)
     axis.grid(axis="x", alpha=0.3)
     save(figure, data, path)
 
@@ -168,11 +168,13 @@ def draw_correctness(data: dict[str, Any], path: pathlib.Path) -> None:
         y, x = situations.index(row["situation"]), layers.index(row["implementation"])
         for i, version in enumerate(versions):
             image[y, x * len(versions) + i] = code[row[version]["verdict"]]
-    figure = Figure(figsize=(11, 0.19 * len(situations) + 2.2), layout="constrained")
+    figure = Figure(figsize=(9, 0.2 * len(situations) + 2.2), layout="constrained")
     axis = figure.subplots()
     colors = ListedColormap([GOOD, WORSE, ERROR])
     axis.imshow(image, cmap=colors, aspect="auto", vmin=0, vmax=2, interpolation="none")
-    axis.set_yticks(range(len(situations)), situations, fontsize=7)
+    limits = {r["situation"] for r in rows if r["group"] == "known limits"}
+    labels = [f"known limit: {s}" if s in limits else s for s in situations]
+    axis.set_yticks(range(len(situations)), labels, fontsize=8)
     middle = len(versions) * (np.arange(len(layers)) + 0.5) - 0.5
     axis.set_xticks(middle, layers, rotation=30, ha="left")
     axis.xaxis.tick_top()
