@@ -379,7 +379,8 @@ def main() -> None:
             record.add({"case": case._asdict(), "counts": counts})
             rows.append(table_row(case, counts))
             failed += judge(case, counts)
-            jax.clear_caches()  # compiled programs, of which there are about a thousand
+            if len(rows) % 20 == 0:
+                jax.clear_caches()  # else a thousand compiled programs pile up
         columns = list(dict.fromkeys(column for row in rows for column in row))
         print(
             f"\nGradient by hand on {name}, {len(devices)} devices where data parallel:"

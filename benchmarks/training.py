@@ -6,11 +6,12 @@ The claim, on a machine with nothing else to do:
   pytorch-revgrad, and the large one at least 2 times;
 - a sweep over 8 scales x 5 seeds, which a traced scale makes one compiled program,
   takes the small network at most a third of PyTorch eager's 40 runs one after another;
-- jaxgrl, with NNX or Linen in a lax.scan, is behind no other row: not slower by more
-  than 3 %.
+- no other row is shown to be faster than jaxgrl, with NNX or Linen in a lax.scan, by
+  more than 3 %: the whole interval below 0.97.
 
-Every factor is the median over rounds of the ratio of two times, and must hold at the
-unfavourable end of its 95 % interval (exact, from order statistics; from 6 rounds on).
+Every factor is the median over rounds of the ratio of two times; the first two claims
+must hold at the unfavourable end of its 95 % interval (exact, from order statistics;
+from 6 rounds on).
 
 The comparison is void unless all have the same number of parameters, the same final
 accuracy on the target domain and the same final parameters. The mean accuracy over the
