@@ -26,6 +26,7 @@ derivative is right is decided while JAX traces.
 import itertools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import warnings
@@ -35,7 +36,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from report import Record, Row, make_parser, print_table, versions
+from report import Record, Row, interruptible, make_parser, print_table, versions
 from reversals import REVERSALS
 from situations import SITUATIONS, Situation
 from tqdm import tqdm
@@ -82,6 +83,9 @@ def main() -> None:
     options = parser.parse_args()
     quick = [s for s in SITUATIONS if s.excerpt or s.group == "known limits"]
     situations = quick if options.quick else SITUATIONS
+    for python in options.also:
+        if not shutil.which(python):
+            parser.error(f"--also must be a Python interpreter, got {python}")
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -331,7 +335,7 @@ def print_markdown(situations: list[Situation], runs: dict[str, Cells]) -> None:
     for situation, cells in _grid([s for s in situations if s.excerpt], runs):
         shown = (combined(cells[name], show, " / ") for name in README)
         print(f"| {situation.name} | {' | '.join(shown)} |")
-    print(f"\nBold is silently wrong; two entries are jax {' / '.join(runs)}.")
+    print(f"\nBold is silently wrong; where two stand, jax {' / '.join(runs)}.")
 
 
 def find_failures(situations: list[Situation], cells: Cells) -> Iterator[str]:
@@ -349,4 +353,4 @@ def find_failures(situations: list[Situation], cells: Cells) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    interruptible(main)

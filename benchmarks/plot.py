@@ -25,13 +25,16 @@ INK = "#333333"
 EXAMPLE = ("conv + attention", "bfloat16")
 
 
+def load(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
+    """Returns the whole results of a benchmark that are kept, by file name."""
+    found = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}-*.json"))]
+    return [d for d in found if d["complete"] and "--quick" not in d["command"]]
+
+
 def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
-    """Returns the newest complete results of a benchmark on the CPU, if there are."""
-    found = [json.loads(path.read_text()) for path in folder.glob(f"{name}-*.json")]
-    complete = [
-        d for d in found if d["complete"] and "compiled" not in d["machine"]["device"]
-    ]
-    return max(complete, key=lambda d: d["date"], default=None)
+    """Returns the newest whole results of a benchmark on the CPU, if there are."""
+    found = [d for d in load(folder, name) if d["machine"]["device"] == "cpu"]
+    return max(found, key=lambda d: d["date"], default=None)
 
 
 def machine_line(data: dict[str, Any]) -> str:
@@ -59,8 +62,7 @@ def print_overheads(folder: pathlib.Path) -> None:
     header = ("device", "jax", "programs", "forward", "gradient", "collectives")
     print(f"\n| {' | '.join([*header, *columns])} |")
     print("| --- " * (len(header) + len(columns)) + "|")
-    for path in sorted(folder.glob("overhead-*.json")):
-        data = json.loads(path.read_text())
+    for data in load(folder, "overhead"):
         gradients = [row["counts"]["gradient"] for row in data["rows"]]
         forwards = [row["counts"]["forward"] for row in data["rows"]]
         differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in columns)
@@ -242,6 +244,8 @@ def main() -> None:
         help="the folder of the results, and of the pictures",
     )
     folder = parser.parse_args().results
+    if not any(load(folder, name) for name in DRAW):
+        parser.error(f"--results must be a folder with whole results, got {folder}")
     for name, draw in DRAW.items():
         if data := newest(folder, name):
             draw(data, folder / f"{name}.png")

@@ -2,12 +2,14 @@
 
 A file of results is JSON: the command, the date, the machine, the versions, whether the
 run was complete, where the claim failed, and the rows of the table. It is written after
-every row and in one move, so that an interruption loses nothing that was measured.
+every addition and in one move: an interruption leaves what was added, marked as
+incomplete.
 """
 
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -77,7 +79,7 @@ class Record:
         machine = f"{device or processor()} {'' if device else f'{cores} cores'}"
         slug = re.sub(r"[^a-z0-9.]+", "-", f"{name} {machine}".lower()).strip("-")
         self.rows: list[Row] = []
-        self.path = folder / f"{slug}-{now:%Y%m%d-%H%M%S}.json"
+        stem = f"{slug}-{now:%Y%m%d-%H%M%S}"
         self.data: dict[str, Any] = {
             "benchmark": name,
             "complete": False,
@@ -94,9 +96,22 @@ class Record:
             "versions": versions(packages),
             "rows": self.rows,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path.open("x").close()
+        self.path = self._claim(folder, stem)
         self.save()
+
+    def _claim(self, folder: pathlib.Path, stem: str) -> pathlib.Path:
+        """Returns a file of that name that was not there, or with a number behind."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(1):
+                path = folder / f"{stem}{f'-{number}' if number > 1 else ''}.json"
+                if not path.exists():
+                    with path.open("x") as file:
+                        json.dump(self.data, file)
+                    return path
+        except OSError as error:
+            sys.exit(f"--output must be a folder to write in, got {folder}: {error}")
+        raise AssertionError("unreachable")
 
     def add(self, row: Row) -> None:
         """Appends a row and keeps it."""
@@ -127,6 +142,14 @@ class Record:
         else:
             print(f"The claim holds: {claim}")
         return int(bool(failures))
+
+
+def interruptible(main: Callable[[], Any]) -> None:
+    """Runs main and exits with what it returns; an interruption is no traceback."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("Interrupted: what was finished is kept, marked incomplete.")
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:

@@ -469,7 +469,7 @@ def main() -> int:
             continue
         print(f"\n{what}: ratio is the time over that of the first row of its size")
         report.print_table(rows, columns)
-    claim = "nothing but equal parameters was judged, as this run is a quick one"
+    claim = "in a quick run, only the parameters were judged: their number and distance"
     if not args.quick:
         claim = f"every target is met in {', '.join(args.sizes)}"
     if unmeasured:
