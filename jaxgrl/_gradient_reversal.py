@@ -75,7 +75,7 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
       https://proceedings.mlr.press/v37/ganin15.html
     """
     scale = _as_array(scale)
-    # Flattened here, since jax.tree.map would double the time of an eager call.
+    # Not jax.tree.map, which takes 1 us more of an eager call of 3.5 us.
     leaves, structure = jax.tree.flatten(x)
     # None is no leaf, but as a prefix it would match an x without leaves.
     if scale is None or jax.tree_util.all_leaves([scale]):
