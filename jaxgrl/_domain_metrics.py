@@ -1,18 +1,21 @@
 """The loss and the accuracy of a domain discriminator."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from ._checks import check_floating, check_rows, checked_mask
 from ._dtypes import at_least_float32
 
 
 def domain_loss(
-    logits: ArrayLike, domains: ArrayLike, *, where: ArrayLike | None = None
+    logits: ArrayLike,
+    domains: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> jax.Array:
     """Returns the cross entropy of a domain discriminator, balanced over the domains.
 
@@ -35,6 +38,9 @@ def domain_loss(
         source and 1 for the target, or 0 to K - 1.
       where: Which examples count, ``[batch]``, bool; all of them if None. Masked rows
         may hold anything, nan and out-of-range domains included.
+      weights: What the cross entropy of each example is multiplied by, ``[batch]``,
+        floating; 1 if None. With mean 1 in each domain, as ``entropy_weights`` gives
+        them, the balance of the domains stays as it is.
 
     Returns:
       A scalar, float32 or wider. It is 0, with a gradient of zeros, if no example
@@ -64,6 +70,10 @@ def domain_loss(
     else:
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, domains)
     losses = jnp.where(_in_range(domains, logits), losses, jnp.nan)
+    if weights is not None:
+        check_rows("weights", weights, len(losses), (jnp.floating,), "a floating")
+        weights = jnp.asarray(weights).astype(losses.dtype)
+        losses = losses * jnp.where(mask, weights, 0)
     return _balanced_mean(losses, domains, mask, _num_domains(logits))
 
 
@@ -121,8 +131,7 @@ def _checked(
     Masked rows come back as zeros: a gradient through whatever they held could be nan.
     """
     given = jnp.asarray(logits)
-    if not jnp.issubdtype(given.dtype, jnp.floating):
-        raise TypeError(f"`logits` must be floating, got {given.dtype}.")
+    check_floating("logits", given)
     if given.ndim not in (1, 2) or given.shape[1:] == (0,):
         raise ValueError(
             "`logits` must have shape [batch], [batch, 1] or [batch, K], got shape "
@@ -130,9 +139,8 @@ def _checked(
         )
     batch = given.shape[0]
     kinds = (jnp.integer, jnp.bool_)
-    _check_rows("domains", domains, batch, kinds, "an integer or bool")
-    mask = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
-    _check_rows("where", mask, batch, (jnp.bool_,), "a bool")
+    check_rows("domains", domains, batch, kinds, "an integer or bool")
+    mask = checked_mask(where, batch)
 
     wide = given.astype(at_least_float32(given.dtype))
     wide = wide[:, None] if wide.ndim == 1 else wide
@@ -142,18 +150,6 @@ def _checked(
         jnp.where(mask, jnp.asarray(domains).astype(jnp.int32), 0),
         mask,
     )
-
-
-def _check_rows(
-    name: str, value: ArrayLike, batch: int, kinds: tuple[Any, ...], kind: str
-) -> None:
-    value = jnp.asarray(value)
-    if not any(jnp.issubdtype(value.dtype, k) for k in kinds):
-        raise TypeError(f"`{name}` must have {kind} dtype, got {value.dtype}.")
-    if value.shape != (batch,):
-        raise ValueError(
-            f"`{name}` must have shape [batch] = ({batch},), got shape {value.shape}."
-        )
 
 
 def _check_range(domains: ArrayLike, where: ArrayLike | None, num_domains: int) -> None:

@@ -1,12 +1,15 @@
-"""Gradient reversal as a Flax NNX module."""
+"""Gradient reversal, and the network around it, as Flax NNX modules."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 try:
     from flax import nnx
 except ImportError as error:
     raise ImportError("jaxgrl.nnx needs Flax: pip install 'jaxgrl[flax]'") from error
 
+from ._cdan import DANNOutput as DANNOutput
+from ._cdan import domain_features
 from ._gradient_reversal import ScaleLike, gradient_reversal
 
 T = TypeVar("T")
@@ -55,3 +58,94 @@ class GradientReversal(nnx.Module):
           scale: The strength of the reversal; None takes the constructor's.
         """
         return gradient_reversal(x, self.scale if scale is None else scale)
+
+
+class DANN(nnx.Module):
+    """A domain-adversarial network of your own three modules.
+
+    The gradient reversal layer stands between them::
+
+        x -> feature_extractor -+-> label_classifier -> label_logits
+                                +-> gradient_reversal -> domain_discriminator
+                                                            -> domain_logits
+
+    Nothing is assumed of them but that they are callable in this order: features may be
+    any pytree, outputs have any shape, and K domains are a discriminator with K
+    outputs. Add ``jaxgrl.domain_loss`` of the domain logits to the label loss.
+
+    ``eval()`` (or ``nnx.view(model, deterministic=True)``) turns the discriminator off:
+    ``domain_logits`` is then None. ``train()`` turns it on again.
+
+    Args:
+      feature_extractor: Maps inputs to features.
+      label_classifier: Maps features to label logits.
+      domain_discriminator: Maps features to domain logits; for ``jaxgrl.domain_loss``
+        ``[batch]``, ``[batch, 1]`` or ``[batch, K]``.
+      condition: None for DANN; for CDAN ``jaxgrl.multilinear_map``, or any callable of
+        ``(features, probabilities)``. Its output is reversed and goes into the
+        discriminator, in place of the features. ``probabilities`` is the softmax of the
+        label logits over the last axis, and receives no gradient, as in the authors'
+        code.
+
+    Attributes:
+      gradient_reversal: The layer, ``GradientReversal()``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jaxgrl.nnx import DANN
+      >>> rngs = nnx.Rngs(0)
+      >>> model = DANN(
+      ...     feature_extractor=nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu),
+      ...     label_classifier=nnx.Linear(32, 3, rngs=rngs),
+      ...     domain_discriminator=nnx.Linear(32, 1, rngs=rngs),
+      ... )
+      >>> label_logits, domain_logits = model(jnp.ones((4, 8)), 0.5)
+      >>> print(label_logits.shape, domain_logits.shape)
+      (4, 3) (4, 1)
+      >>> model.eval()
+      >>> print(model(jnp.ones((4, 8))).domain_logits)
+      None
+
+    References:
+      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
+      https://jmlr.org/papers/v17/15-239.html
+      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018,
+      https://arxiv.org/abs/1705.10667
+    """
+
+    def __init__(
+        self,
+        feature_extractor: Callable[..., Any],
+        label_classifier: Callable[..., Any],
+        domain_discriminator: Callable[..., Any],
+        *,
+        condition: Callable[[Any, Any], Any] | None = None,
+    ):
+        self.feature_extractor = feature_extractor
+        self.label_classifier = label_classifier
+        self.gradient_reversal = GradientReversal()
+        self.domain_discriminator = domain_discriminator
+        self.condition = condition
+        self.deterministic = False
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Is called by ``nnx.view``; ``deterministic=True`` is ``eval()``."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def __call__(self, x: Any, scale: ScaleLike = None) -> DANNOutput:
+        """Returns the named tuple ``(label_logits, domain_logits)``.
+
+        Args:
+          x: The inputs of the feature extractor, all domains in one batch.
+          scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``; it
+            may be traced. None takes that of the layer, 1.
+        """
+        features = self.feature_extractor(x)
+        label_logits = self.label_classifier(features)
+        if self.deterministic:
+            return DANNOutput(label_logits, None)
+        seen = domain_features(features, label_logits, self.condition)
+        seen = self.gradient_reversal(seen, scale)
+        return DANNOutput(label_logits, self.domain_discriminator(seen))

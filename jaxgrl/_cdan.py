@@ -1,0 +1,252 @@
+"""What the discriminator sees: features alone, or (CDAN) with the predictions."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from ._checks import check_floating, check_rows, checked_mask
+from ._dtypes import at_least_float32
+
+
+class DANNOutput(NamedTuple):
+    """What a DANN returns: ``domain_logits`` is None in evaluation."""
+
+    label_logits: Any
+    domain_logits: Any
+
+
+def domain_features(
+    features: Any, label_logits: Any, condition: Callable[[Any, Any], Any] | None
+) -> Any:
+    """Returns what is to be reversed and given to the domain discriminator."""
+    if condition is None:
+        return features
+    wide = label_logits.astype(at_least_float32(label_logits.dtype))
+    return condition(features, jax.lax.stop_gradient(jax.nn.softmax(wide)))
+
+
+def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
+    """Returns the outer product of features and class probabilities, flattened.
+
+    ``out[..., c * F + f] = probabilities[..., c] * features[..., f]``
+
+    What the discriminator of CDAN sees, so that it can tell domains apart within each
+    class. Pass it to ``jaxgrl.nnx.DANN(..., condition=multilinear_map)``, or by hand::
+
+        probabilities = jax.lax.stop_gradient(jax.nn.softmax(label_logits))
+        joint = multilinear_map(features, probabilities)
+        domain_logits = discriminator(gradient_reversal(joint, scale))
+
+    Args:
+      features: ``[..., F]``, floating.
+      probabilities: ``[..., C]``, floating, with the leading axes of ``features``. The
+        softmax of the label logits, not the logits.
+
+    Returns:
+      ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.
+
+    Raises:
+      TypeError: If an argument is not floating.
+      ValueError: If their leading axes differ, or one has no axis.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxgrl import multilinear_map
+      >>> features = jnp.array([[1.0, 2.0, 3.0]])
+      >>> print(multilinear_map(features, jnp.array([[0.5, 0.5]])))
+      [[0.5 1.  1.5 0.5 1.  1.5]]
+
+    References:
+      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018,
+      https://arxiv.org/abs/1705.10667
+    """
+    f, p, dtype = _checked(features, probabilities)
+    joint = p[..., :, None] * f[..., None, :]
+    # Not -1, which an empty batch leaves undecided.
+    return joint.reshape(*f.shape[:-1], p.shape[-1] * f.shape[-1]).astype(dtype)
+
+
+def multilinear_matrices(
+    key: jax.Array, num_features: int, num_classes: int, output_dim: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the two random matrices of ``randomized_multilinear_map``.
+
+    Draw them once and keep them: they are part of the model, and a checkpoint without
+    them is worth nothing. In NNX ``self.matrices = nnx.Variable(matrices)`` does that,
+    in Linen a variable of a collection of its own; neither is trained.
+
+    Args:
+      key: A PRNG key.
+      num_features: F, the last axis of the features.
+      num_classes: C, the last axis of the probabilities.
+      output_dim: D, the size of the map's output; 1024 in the paper.
+
+    Returns:
+      ``[F, D]`` and ``[C, D]``, float32, independent standard normal.
+
+    Raises:
+      ValueError: If a size is not positive.
+
+    Example:
+      >>> import jax
+      >>> from jaxgrl import multilinear_matrices
+      >>> matrices = multilinear_matrices(jax.random.key(0), 256, 10, 1024)
+      >>> print(*(matrix.shape for matrix in matrices))
+      (256, 1024) (10, 1024)
+
+    References:
+      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.2,
+      https://arxiv.org/abs/1705.10667
+    """
+    sizes = {
+        "num_features": num_features,
+        "num_classes": num_classes,
+        "output_dim": output_dim,
+    }
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"`{name}` must be 1 or more, got {size}.")
+    keys = jax.random.split(key)
+    return (
+        jax.random.normal(keys[0], (num_features, output_dim), jnp.float32),
+        jax.random.normal(keys[1], (num_classes, output_dim), jnp.float32),
+    )
+
+
+def randomized_multilinear_map(
+    features: ArrayLike,
+    probabilities: ArrayLike,
+    matrices: tuple[ArrayLike, ArrayLike],
+) -> jax.Array:
+    """Returns a random projection of ``multilinear_map``, of a size that you choose.
+
+    With the matrices ``(Rf, Rp)`` of ``multilinear_matrices`` and D their last axis::
+
+        out = (features @ Rf) * (probabilities @ Rp) / sqrt(D)
+
+    Inner products are those of ``multilinear_map`` in expectation over the matrices.
+    The paper takes it where the outer product is larger than 4096.
+
+    Args:
+      features: ``[..., F]``, floating.
+      probabilities: ``[..., C]``, floating, with the leading axes of ``features``.
+      matrices: ``[F, D]`` and ``[C, D]``, floating. They receive no gradient.
+
+    Returns:
+      ``[..., D]``, in the dtype of ``features``; computed in float32 or wider.
+
+    Raises:
+      TypeError: If an argument is not floating.
+      ValueError: If the shapes do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jaxgrl import multilinear_matrices, randomized_multilinear_map
+      >>> matrices = multilinear_matrices(jax.random.key(0), 3, 2, 5)
+      >>> features, probabilities = jnp.ones((4, 3)), jnp.full((4, 2), 0.5)
+      >>> print(randomized_multilinear_map(features, probabilities, matrices).shape)
+      (4, 5)
+
+    References:
+      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.2,
+      https://arxiv.org/abs/1705.10667
+    """
+    f, p, dtype = _checked(features, probabilities)
+    rf, rp = (jax.lax.stop_gradient(jnp.asarray(m)) for m in matrices)
+    for matrix in (rf, rp):
+        check_floating("matrices", matrix)
+    fits = rf.ndim == rp.ndim == 2 and rf.shape[1:] == rp.shape[1:]
+    if not fits or rf.shape[0] != f.shape[-1] or rp.shape[0] != p.shape[-1]:
+        raise ValueError(
+            f"`matrices` must have shapes [F, D] and [C, D] with F = {f.shape[-1]} and "
+            f"C = {p.shape[-1]}, got shapes {rf.shape} and {rp.shape}."
+        )
+    projected = (f @ rf.astype(f.dtype)) * (p @ rp.astype(f.dtype))
+    return (projected / math.sqrt(rf.shape[1])).astype(dtype)
+
+
+def entropy_weights(
+    label_logits: ArrayLike,
+    domains: ArrayLike | None = None,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    """Returns the weights of CDAN+E: examples that are easy to classify count more.
+
+    ``1 + exp(-H)``, with H the entropy in nats of the softmax of each row, divided by
+    its mean over the domain, so that the balance of the domains stays as it is. Pass
+    it to ``jaxgrl.domain_loss(..., weights=weights)``.
+
+    Args:
+      label_logits: ``[batch, C]``, floating.
+      domains: The domain of each example, ``[batch]``, integer or bool; None if all
+        are of one.
+      where: Which examples count, ``[batch]``, bool; all of them if None. Masked rows
+        get weight 0, and may hold anything.
+
+    Returns:
+      ``[batch]``, float32 or wider, with mean 1 over what counts of each domain. No
+      gradient passes.
+
+    Raises:
+      ValueError: If the shapes do not fit.
+      TypeError: If a dtype does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxgrl import entropy_weights
+      >>> weights = entropy_weights(jnp.array([[9.0, -9.0], [0.0, 0.0]]))
+      >>> print(*(f"{weight:.3f}" for weight in weights))  # 2 and 1.5, over their mean
+      1.143 0.857
+
+    References:
+      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.3,
+      https://arxiv.org/abs/1705.10667
+    """
+    logits = jax.lax.stop_gradient(jnp.asarray(label_logits))
+    check_floating("label_logits", logits)
+    if logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(
+            f"`label_logits` must have shape [batch, C], got shape {logits.shape}."
+        )
+    batch = logits.shape[0]
+    domains = jnp.zeros(batch, jnp.int32) if domains is None else domains
+    kinds = (jnp.integer, jnp.bool_)
+    check_rows("domains", domains, batch, kinds, "an integer or bool")
+    mask = checked_mask(where, batch)
+
+    logits = logits.astype(at_least_float32(logits.dtype))
+    logits = jnp.where(mask[:, None], logits, 0)
+    log_p = jax.nn.log_softmax(logits)
+    # A probability of 0 adds nothing to the entropy, though its logarithm is infinite.
+    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=1)
+    weights = jnp.where(mask, 1 + jnp.exp(-entropy), 0)
+    if not batch:
+        return weights
+    # The domains may be any integers: those present are numbered from 0.
+    _, domain = jnp.unique(jnp.asarray(domains), return_inverse=True, size=batch)
+    sums, counts = (
+        jax.ops.segment_sum(values, domain, batch)[domain]
+        for values in (weights, mask.astype(weights.dtype))
+    )
+    return jnp.where(mask, weights * counts / jnp.where(mask, sums, 1), 0)
+
+
+def _checked(
+    features: ArrayLike, probabilities: ArrayLike
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns both in float32 or wider, checked, and the dtype of the features."""
+    f, p = jnp.asarray(features), jnp.asarray(probabilities)
+    check_floating("features", f)
+    check_floating("probabilities", p)
+    if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:
+        raise ValueError(
+            "`probabilities` must have the leading axes of `features`, got shape "
+            f"{p.shape} for `features` of shape {f.shape}."
+        )
+    wide = at_least_float32(f.dtype, p.dtype)
+    return f.astype(wide), p.astype(wide), f.dtype
