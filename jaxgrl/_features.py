@@ -29,9 +29,9 @@ def proxy_a_distance(
 
     ``2 * (1 - 2 * error)``, with the held-out error of a logistic regression on
     standardised features, fitted anew: about 0 if the domains are confused, 2 if they
-    are apart. Unlike the discriminator of the training it cannot have died. The error is
-    the mean of the errors on the two domains, so unequal numbers do not tilt it; every
-    example is held out once.
+    are apart. Unlike the discriminator of the training it cannot have died. The error
+    is the mean of the errors on the two domains, so unequal numbers do not tilt it;
+    every example is held out once.
 
     Args:
       source_features: ``[n, ...]``, real and finite; trailing axes are flattened.
@@ -98,7 +98,7 @@ def proxy_a_distance(
         StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)
     )
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    wrong = cross_val_predict(model, x, domains, cv=split) != domains
+    wrong = np.asarray(cross_val_predict(model, x, domains, cv=split)) != domains
     errors = [float(np.mean(wrong[domains == d])) for d in (0, 1)]
     variance = sum(
         e * (1 - e) / n for e, n in zip(errors, (len(source), len(target)), strict=True)
