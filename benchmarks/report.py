@@ -72,8 +72,19 @@ class Record:
         *,
         device: str | None = None,
         packages: Sequence[str] = PACKAGES,
+        settings: dict[str, Any] | None = None,
+        resume: pathlib.Path | None = None,
     ):
-        """Starts the file; ``device`` is what ran or was compiled for, if no CPU."""
+        """Starts the file, or goes on with one.
+
+        Args:
+          name: The benchmark.
+          folder: Where a new file goes.
+          device: What ran or was compiled for, if no CPU.
+          packages: Whose versions are kept.
+          settings: What must be the same for a file to be gone on with.
+          resume: The file to go on with, in place of a new one.
+        """
         now = datetime.datetime.now().astimezone()
         cores = os.cpu_count()
         machine = f"{device or processor()} {'' if device else f'{cores} cores'}"
@@ -94,10 +105,31 @@ class Record:
                 "device": device or "cpu",
             },
             "versions": versions(packages),
+            "settings": settings or {},
             "rows": self.rows,
         }
-        self.path = self._claim(folder, stem)
+        if resume is None:
+            self.path = self._claim(folder, stem)
+        else:
+            self.path = resume
+            self._resume()
         self.save()
+
+    def _resume(self) -> None:
+        """Takes over the rows of the file, if they belong to the same benchmark."""
+        try:
+            old = json.loads(self.path.read_text())
+            rows = list(old["rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            sys.exit(f"--resume must be a file of results, got {self.path}: {error!r}")
+        for key in ("benchmark", "settings", "machine", "versions"):
+            if old.get(key) != self.data[key]:
+                sys.exit(
+                    f"--resume must be a file with the same {key}, {self.data[key]}, "
+                    f"got {old.get(key)}"
+                )
+        self.rows.extend(rows)
+        self.data["date"] = old["date"]
 
     def _claim(self, folder: pathlib.Path, stem: str) -> pathlib.Path:
         """Returns a file of that name that was not there, or with a number behind."""

@@ -1,0 +1,303 @@
+"""The tasks of adaptation.py: data, networks and settings, one entry each.
+
+A task's data is a function of the seed: the split, and where there is a choice the
+sample. ``labelled`` and ``unlabelled`` are lists with one entry for each domain;
+``valid`` are source images held out for criteria, ``test`` are target images that
+score and do nothing else.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.ndimage
+import sklearn.datasets
+from flax import nnx
+
+import jaxgrl
+from jaxgrl.nnx import DANN
+
+Pair = tuple[np.ndarray, np.ndarray]  # inputs and labels
+Data = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What adaptation.py needs to know of a task.
+
+    Attributes:
+      name: As the table shows it.
+      make_data: From the seed to the data, labels of the target included.
+      network: From rngs, number of domains, condition and its output size to a DANN.
+      optimizer: From the number of steps to the optimizer.
+      num_classes: Of the labels.
+      steps: Of a training.
+      batch: Examples from each domain in a step.
+      prepare: What is done to a batch, from a key or, in evaluation, None.
+      reported: What the literature reports for exactly this protocol, and where.
+      remark: What a reader of the table must know.
+    """
+
+    name: str
+    make_data: Callable[[int], Data]
+    network: Callable[..., DANN]
+    optimizer: Callable[[int], optax.GradientTransformation]
+    num_classes: int
+    steps: int = 4000
+    batch: int = 64
+    prepare: Callable[[Any, Any], Any] = lambda key, x: x
+    reported: str = ""
+    remark: str = ""
+
+
+def sgd(learning_rate: float) -> Callable[[int], optax.GradientTransformation]:
+    """Returns the optimizer of the paper: momentum 0.9, and mu_p as the rate."""
+    return lambda steps: optax.sgd(
+        jaxgrl.dann_learning_rate(learning_rate, steps), momentum=0.9
+    )
+
+
+def mlp(
+    inputs: int,
+    hidden: int,
+    classes: int,
+    rngs: nnx.Rngs,
+    domains: int,
+    condition: Any = None,
+) -> DANN:
+    """Returns a DANN with one hidden layer in the features and in the discriminator."""
+    seen = hidden * (classes if condition else 1)
+    outputs = 1 if domains == 2 else domains
+    return DANN(
+        nnx.Sequential(nnx.Linear(inputs, hidden, rngs=rngs), nnx.relu),
+        nnx.Linear(hidden, classes, rngs=rngs),
+        nnx.Sequential(
+            nnx.Linear(seen, hidden, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(hidden, outputs, rngs=rngs),
+        ),
+        condition=condition,
+    )
+
+
+def cnn(rngs: nnx.Rngs, domains: int, condition: Any = None) -> DANN:
+    """Returns a DANN for images of 16 x 16: two convolutions and a dense layer."""
+    seen = 128 * (10 if condition else 1)
+    features = nnx.Sequential(
+        nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs),
+        nnx.relu,
+        nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs),
+        nnx.relu,
+        lambda x: x.reshape(len(x), 16 * 32),
+        nnx.Linear(16 * 32, 128, rngs=rngs),
+        nnx.relu,
+    )
+    discriminator = nnx.Sequential(
+        nnx.Linear(seen, 256, rngs=rngs), nnx.relu, nnx.Linear(256, 1, rngs=rngs)
+    )
+    return DANN(
+        features, nnx.Linear(128, 10, rngs=rngs), discriminator, condition=condition
+    )
+
+
+def warped(key: Any, images: Any) -> Any:
+    """Returns images, each with contrast 1; from a key, moved a little as well.
+
+    By up to a pixel, 10 degrees and a tenth of the size: no label is needed for that.
+    """
+    mean = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
+    images = (images - mean) / (jnp.std(images, axis=(1, 2, 3), keepdims=True) + 1e-3)
+    if key is None:
+        return images
+    shape = 5, len(images), 1, 1
+    turn, wide, high, right, down = jax.random.uniform(key, shape, minval=-1.0)
+    cos, sin = jnp.cos(turn * jnp.pi / 18), jnp.sin(turn * jnp.pi / 18)
+    y, x = (grid[None] for grid in jnp.mgrid[-7.5:8:1, -7.5:8:1])
+    places = [
+        (sin * x + cos * y) * jnp.exp(high / 10) + down + 7.5,
+        (cos * x - sin * y) * jnp.exp(wide / 10) + right + 7.5,
+    ]
+    move = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="nearest")
+    return jax.vmap(lambda image, *at: move(image, at))(images[..., 0], *places)[
+        ..., None
+    ]
+
+
+def split(seed: int, count: int, *sizes: int) -> list[np.ndarray]:
+    """Returns random disjoint indices below count, of these sizes and the rest."""
+    order = np.random.default_rng(seed).permutation(count)
+    return np.split(order, np.cumsum(sizes))
+
+
+def pick(pair: Pair, index: np.ndarray) -> Pair:
+    """Returns the examples at these indices."""
+    return pair[0][index], pair[1][index]
+
+
+def joined(pairs: list[Pair]) -> Pair:
+    """Returns all of them as one."""
+    x, y = zip(*pairs, strict=True)
+    return np.concatenate(x), np.concatenate(y)
+
+
+def digits(
+    seed: int, sources: tuple[float, ...] = (0.0,), targets: tuple[float, ...] = (25.0,)
+) -> Data:
+    """Returns scikit-learn's digits, rotated by these degrees, disjoint throughout."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
+
+    def rotated(angle: float, index: np.ndarray) -> Pair:
+        turned = scipy.ndimage.rotate(
+            images[index], angle, (2, 1), reshape=False, order=1
+        )
+        return turned.reshape(-1, 64), labels[index]
+
+    train, valid, target, test = split(seed, len(images), 520, 130, 650)
+    source_parts = np.array_split(train, len(sources))
+    target_parts = np.array_split(target, max(1, len(targets)))
+    size = min(map(len, source_parts))
+    return {
+        "labelled": [
+            rotated(a, part[:size])
+            for a, part in zip(sources, source_parts, strict=True)
+        ],
+        "unlabelled": [
+            rotated(a, part[: len(target_parts[-1])])
+            for a, part in zip(targets, target_parts, strict=True)
+        ],
+        "valid": joined([rotated(a, valid) for a in sources]),
+        "test": joined([rotated(a, test) for a in targets]),
+    }
+
+
+def moons(seed: int, angle: float = 35.0) -> Data:
+    """Returns two inter-twinning moons, and the same turned; every sample is fresh."""
+    a = np.deg2rad(angle)
+    turn = np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
+
+    def sample(part: int, size: int, turned: bool) -> Pair:
+        x, y = sklearn.datasets.make_moons(
+            size, noise=0.1, random_state=8 * seed + part
+        )
+        x = np.asarray(x) - np.array([0.5, 0.25])  # turned round their middle
+        return (x @ turn.T if turned else x).astype(np.float32), np.asarray(y)
+
+    return {
+        "labelled": [sample(0, 300, False)],
+        "unlabelled": [sample(1, 300, True)],
+        "valid": sample(2, 300, False),
+        "test": sample(3, 1000, True),
+    }
+
+
+def cells(seed: int) -> Data:
+    """Returns breast cancer by ten measures: of the mean cell, and of the worst cells.
+
+    The ten measures of each tumour are in the table twice. The labelled source is the
+    mean over its cells, the target the mean of the three largest, of other patients.
+    """
+    table, labels = sklearn.datasets.load_breast_cancer(return_X_y=True)
+    mean, worst = (table[:, i : i + 10].astype(np.float32) for i in (0, 20))
+    train, valid, target, test = split(seed, len(table), 200, 50, 160)
+    # Standardised by the source: that the target is larger is the shift.
+    center, width = mean[train].mean(axis=0), mean[train].std(axis=0)
+    mean, worst = (mean - center) / width, (worst - center) / width
+    return {
+        "labelled": [(mean[train], labels[train])],
+        "unlabelled": [(worst[target], labels[target])],
+        "valid": (mean[valid], labels[valid]),
+        "test": (worst[test], labels[test]),
+    }
+
+
+@functools.cache
+def load_mnist_usps(path: pathlib.Path) -> dict[str, Pair]:
+    """Returns the images [n, 16, 16, 1] and labels of MNIST_vs_USPS.mat."""
+    import h5py
+
+    def pair(file: Any, letter: str) -> Pair:
+        images = file[f"X{letter}"][:].astype(np.float32).reshape(-1, 16, 16, 1)
+        return images, file[f"Y{letter}"][0].astype(np.int64) - 1
+
+    with h5py.File(path) as file:
+        return {"MNIST": pair(file, "s"), "USPS": pair(file, "t")}
+
+
+def mnist_usps(seed: int, path: pathlib.Path, source: str, target: str) -> Data:
+    """Returns one set as the source and the other, all of it, as target and test."""
+    sets = load_mnist_usps(path)
+    count = len(sets[source][1])
+    valid, train = split(seed, count, count // 10)
+    return {
+        "labelled": [pick(sets[source], train)],
+        "unlabelled": [sets[target]],
+        "valid": pick(sets[source], valid),
+        "test": sets[target],
+    }
+
+
+def make_tasks(data: pathlib.Path | None) -> list[Task]:
+    """Returns the tasks; those of USPS and MNIST only with the path of their file."""
+    transductive = "tested on the target images that it adapts to, as in the literature"
+    digit_mlp = functools.partial(mlp, 64, 100, 10)
+    tasks = [
+        Task(
+            f"digits, {angle} degrees",
+            functools.partial(digits, targets=(float(angle),)),
+            digit_mlp,
+            sgd(0.01),
+            num_classes=10,
+        )
+        for angle in (15, 25, 35, 45)
+    ]
+    tasks += [
+        Task(
+            "moons, 35 degrees",
+            moons,
+            functools.partial(mlp, 2, 20, 2),
+            sgd(0.1),
+            num_classes=2,
+        ),
+        Task(
+            "breast cancer, mean -> worst cells",
+            cells,
+            functools.partial(mlp, 10, 32, 2),
+            sgd(0.01),
+            num_classes=2,
+            steps=2000,
+            batch=32,
+        ),
+        Task(
+            "digits, 0 and 15 -> 30 and 45 degrees",
+            functools.partial(digits, sources=(0.0, 15.0), targets=(30.0, 45.0)),
+            digit_mlp,
+            sgd(0.01),
+            num_classes=10,
+            batch=32,
+            remark="four domains",
+        ),
+    ]
+    if data is None:
+        return tasks
+    reported = {"USPS": "57.1 -> 73.0", "MNIST": "75.2 -> 77.1"}
+    return tasks + [
+        Task(
+            f"{source} -> {target}",
+            functools.partial(mnist_usps, path=data, source=source, target=target),
+            cnn,
+            sgd(0.03),
+            num_classes=10,
+            steps=1500,
+            prepare=warped,
+            reported=reported[source],
+            remark=transductive,
+        )
+        for source, target in (("USPS", "MNIST"), ("MNIST", "USPS"))
+    ]
