@@ -4,8 +4,8 @@
     python benchmarks/adaptation.py                                 # without that file
     python benchmarks/adaptation.py --resume runs/adaptation-....json
 
-Nine tasks, six methods, ten seeds: a seed is a split of the data, an initialisation and
-an order of minibatches, the same for every method, so that differences are paired.
+Nine tasks, six methods, five seeds. A seed is a split of the data, an initialisation
+and an order of minibatches, the same for every method: differences are paired.
 
     source only        scale 0
     DANN               scale 1
@@ -15,9 +15,12 @@ an order of minibatches, the same for every method, so that differences are pair
     trained on target  the ceiling: scale 0, with the target's labels
 
 The claims: DANN or CDAN is above source only, with a 95 % interval clear of zero, on at
-least five tasks; and choosing the scale by the default criterion, centroid agreement,
+least five tasks; and choosing the scale by the default criterion, InfoMax,
 loses at most 2 points of target accuracy against the best fixed scale in the mean over
 the tasks, and 5 at worst. The table of criteria compares it with the others.
+
+InfoMax is the default because it lost least on the first seven tasks with seeds 0 to 4.
+The seeds here start at 10, so that the figures are of runs that chose nothing.
 
 Target labels train the ceiling and score; nothing else reads them. An interrupted run
 keeps its finished cells, and --resume does not run them again.
@@ -44,6 +47,7 @@ import jaxgrl
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 import choose_scale  # the criteria, as the example has them
 
+FIRST_SEED = 10
 SCALES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 METHODS = (
     "source only",
@@ -53,12 +57,7 @@ METHODS = (
     "CDAN+E",
     "trained on target",
 )
-CRITERIA = (
-    "centroid agreement",
-    "reverse validation",
-    "InfoMax",
-    "source accuracy",
-)
+CRITERIA = ("InfoMax", "centroid agreement", "reverse validation", "source accuracy")
 DEFAULT = CRITERIA[0]
 PACKAGES = (*report.PACKAGES, "scikit-learn", "scipy", "h5py")
 
@@ -159,13 +158,13 @@ def run(task: tasks.Task, method: str, key: Any, scale: Any, data: Any) -> Any:
         return lambda x: reverse(x)[1]
 
     return found | {
-        "centroid agreement": jaxgrl.centroid_agreement(
+        "InfoMax": jaxgrl.information_maximization(target_logits),
+        "centroid agreement": choose_scale.centroid_agreement(
             source_features, source_y, target_features, target_logits
         ),
         "reverse validation": choose_scale.reverse_validation(
             fit, target_logits, valid_x, valid_y
         ),
-        "InfoMax": choose_scale.information_maximization(target_logits),
         "source accuracy": accuracy(predict(valid_x)[1], valid_y),
     }
 
@@ -173,9 +172,9 @@ def run(task: tasks.Task, method: str, key: Any, scale: Any, data: Any) -> Any:
 def run_cell(task: tasks.Task, method: str, seeds: int) -> list[report.Row]:
     """Runs every seed (and for DANN every scale) of a cell; returns a row for each."""
     scales = SCALES if method == "DANN" else (1.0,)
-    splits = [data_of(task, method, seed) for seed in range(seeds)]
+    splits = [data_of(task, method, FIRST_SEED + i) for i in range(seeds)]
     data = jax.tree.map(lambda *arrays: np.stack(arrays), *splits)
-    jobs = [(seed, scale) for scale in scales for seed in range(seeds)]
+    jobs = [(i, scale) for scale in scales for i in range(seeds)]
     count = max(n for n in range(1, jax.device_count() + 1) if len(jobs) % n == 0)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:count]), ("runs",))
     share, whole = jax.sharding.PartitionSpec("runs"), jax.sharding.PartitionSpec()
@@ -190,9 +189,9 @@ def run_cell(task: tasks.Task, method: str, seeds: int) -> list[report.Row]:
     )
     def program(jobs: Any, data: Any) -> Any:
         def job(pair: Any) -> Any:
-            seed, scale = pair
-            own = jax.tree.map(lambda a: a[seed], data)
-            return run(task, method, jax.random.key(seed), scale, own)
+            i, scale = pair
+            own = jax.tree.map(lambda a: a[i], data)
+            return run(task, method, jax.random.key(FIRST_SEED + i), scale, own)
 
         return jax.lax.map(job, jobs)
 
@@ -203,10 +202,10 @@ def run_cell(task: tasks.Task, method: str, seeds: int) -> list[report.Row]:
     seconds = (time.perf_counter() - start) / len(jobs)
     jax.clear_caches()
     return [
-        {"task": task.name, "method": method, "scale": scale, "seed": seed}
+        {"task": task.name, "method": method, "scale": scale, "seed": FIRST_SEED + job}
         | {name: float(values[i]) for name, values in found.items()}
         | {"seconds": seconds}
-        for i, (seed, scale) in enumerate(jobs)
+        for i, (job, scale) in enumerate(jobs)
     ]
 
 
@@ -279,15 +278,24 @@ def summary(rows: list[report.Row], task: tasks.Task) -> list[report.Row]:
 
 def regrets(rows: list[report.Row], names: list[str]) -> list[report.Row]:
     """Returns what each criterion loses against the best fixed scale, per task."""
+
+    def lost(name: str, scale: float) -> float:
+        means = {s: per_seed(rows, name, "DANN", s).mean() for s in SCALES}
+        if not np.isfinite(means[scale]):
+            return float("inf")
+        return float(np.nanmax(list(means.values())) - means[scale])
+
     table = []
     for criterion in CRITERIA:
         row: report.Row = {"criterion": criterion}
-        for name in names:
-            means = {s: per_seed(rows, name, "DANN", s).mean() for s in SCALES}
-            best = np.nanmax(list(means.values()))
-            row[name] = float(best - means[choose(rows, name, criterion)])
+        row |= {name: lost(name, choose(rows, name, criterion)) for name in names}
+        table.append(row)
+    table += [
+        {"criterion": f"always {s:g}"} | {n: lost(n, s) for n in names} for s in SCALES
+    ]
+    for row in table:
         values = [row[name] for name in names]
-        table.append(row | {"mean": float(np.mean(values)), "worst": max(values)})
+        row |= {"mean": float(np.mean(values)), "worst": max(values)}
     return table
 
 
@@ -296,7 +304,7 @@ def parse_args() -> Any:
     parser = report.make_parser(__doc__)
     add = parser.add_argument
     add("--data", type=pathlib.Path, help="MNIST_vs_USPS.mat, for two of the tasks")
-    add("--seeds", type=int, default=10, help="2 or more (default: 10)")
+    add("--seeds", type=int, default=5, help="2 or more (default: 5)")
     add("--tasks", default="", help="only tasks whose name contains this")
     add("--resume", type=pathlib.Path, help="a file of results to go on with")
     args = parser.parse_args()

@@ -86,18 +86,47 @@ def mlp(
     )
 
 
+class Convolution(nnx.Module):
+    """A convolution of 3 x 3, as one product with the shifted images side by side.
+
+    The same as nnx.Conv. In a scan on the CPU nnx.Conv took 17 times as long.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(9 * inputs, outputs, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [batch, height, width, inputs] to [batch, height, width, outputs]."""
+        height, width = x.shape[1:3]
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifted = [
+            x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
+        ]
+        return self.linear(jnp.concatenate(shifted, axis=-1))
+
+
+def pool(x: jax.Array) -> jax.Array:
+    """Returns the maximum of each square of 2 x 2."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return jnp.max(x, axis=(2, 4))
+
+
 def cnn(rngs: nnx.Rngs, domains: int, condition: Any = None) -> DANN:
     """Returns a DANN for images of 16 x 16: two convolutions and a dense layer."""
-    seen = 128 * (10 if condition else 1)
+    del domains  # two
     features = nnx.Sequential(
-        nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs),
+        Convolution(1, 16, rngs),
         nnx.relu,
-        nnx.Conv(16, 32, (3, 3), strides=2, rngs=rngs),
+        pool,
+        Convolution(16, 32, rngs),
         nnx.relu,
-        lambda x: x.reshape(len(x), 16 * 32),
-        nnx.Linear(16 * 32, 128, rngs=rngs),
+        pool,
+        lambda x: x.reshape(len(x), 4 * 4 * 32),
+        nnx.Linear(4 * 4 * 32, 128, rngs=rngs),
         nnx.relu,
     )
+    seen = 128 * (10 if condition else 1)
     discriminator = nnx.Sequential(
         nnx.Linear(seen, 256, rngs=rngs), nnx.relu, nnx.Linear(256, 1, rngs=rngs)
     )
