@@ -1,0 +1,115 @@
+"""The numbers that judge a trained network without target labels."""
+
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxgrl import information_maximization, proxy_a_distance
+
+
+def test_infomax_by_hand():
+    logits = jnp.log(jnp.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]]))
+    p = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    mean = p.mean(axis=0)
+    expected = -(mean * np.log(mean)).sum() + (p * np.log(p)).sum(axis=1).mean()
+    np.testing.assert_allclose(information_maximization(logits), expected, rtol=1e-5)
+
+
+def test_infomax_is_log_c_at_most_and_0_at_least():
+    certain = 100 * jnp.eye(5)
+    np.testing.assert_allclose(
+        information_maximization(certain), math.log(5), rtol=1e-6
+    )
+    assert abs(information_maximization(jnp.zeros((4, 5)))) < 1e-6
+    assert abs(information_maximization(certain[:1].repeat(4, axis=0))) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_infomax_of_a_diverged_run_is_nan(bad):
+    assert jnp.isnan(information_maximization(jnp.eye(3).at[0, 0].set(bad)))
+
+
+@pytest.mark.parametrize(
+    "logits, error, message",
+    [
+        (jnp.eye(3, dtype=int), TypeError, "`target_logits` must be floating, got int"),
+        (jnp.ones(3), ValueError, r"must be \[batch, C\] and not empty, got shape \(3"),
+        (jnp.ones((0, 3)), ValueError, r"not empty, got shape \(0, 3\)"),
+    ],
+)
+def test_what_infomax_refuses(logits, error, message):
+    with pytest.raises(error, match=message):
+        information_maximization(logits)
+
+
+RNG = np.random.default_rng(0)
+
+
+def test_the_same_distribution_has_distance_0_and_a_standard_error_that_is_right():
+    found = [proxy_a_distance(*RNG.normal(size=(2, 60, 2))) for _ in range(60)]
+    distances = np.array([f.distance for f in found])
+    errors = np.array([f.standard_error for f in found])
+    assert abs(distances.mean()) < 0.1
+    # Held-out predictions are not quite independent: the spread is near, not equal.
+    assert 0.7 < distances.std(ddof=1) / errors.mean() < 1.5
+
+
+def test_a_known_error_gives_the_known_distance():
+    # Normals 2 apart: the best line errs with probability Phi(-1).
+    source, target = RNG.normal(size=(2, 3000, 1))
+    expected = 2 * (1 - 2 * 0.5 * math.erfc(1 / math.sqrt(2)))
+    found = proxy_a_distance(source, target + 2)
+    assert abs(found.distance - expected) < 4 * found.standard_error < 0.15
+
+
+def test_unequal_numbers_do_not_tilt_it():
+    # A classifier that always says "source" would be right 19 times of 20.
+    found = proxy_a_distance(RNG.normal(size=(1900, 2)), RNG.normal(size=(100, 2)))
+    assert abs(found.distance) < 4 * found.standard_error
+
+
+def test_trailing_axes_are_flattened_and_the_seed_repeats():
+    source, target = RNG.normal(size=(2, 40, 2, 3))
+    first = proxy_a_distance(source, target + 1, seed=3)
+    flat = proxy_a_distance(source.reshape(40, 6), target.reshape(40, 6) + 1, seed=3)
+    assert first == flat
+    assert proxy_a_distance(jnp.ones((9, 2)), 5 * jnp.ones((9, 2))).distance == 2
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: proxy_a_distance(np.ones(3), np.ones((3, 1))), "`source_features` mu"),
+        (
+            lambda: proxy_a_distance(np.ones((9, 2)), np.full((9, 2), np.nan)),
+            "`target_features` must be .* finite, got shape .* with 18",
+        ),
+        (
+            lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 3))),
+            "`target_features` must have as many features .*, got 3 and 2",
+        ),
+        (
+            lambda: proxy_a_distance(np.ones((9, 2)), np.ones((4, 2))),
+            "`folds` must be from 2 to .* 4, got 5",
+        ),
+    ],
+)
+def test_what_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_without_scikit_learn_it_says_what_to_install():
+    code = (
+        "import sys; sys.modules['sklearn'] = None; import numpy, jaxgrl; "
+        "jaxgrl.proxy_a_distance(numpy.ones((9, 2)), numpy.ones((9, 2)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "needs scikit-learn: pip install scikit-learn" in result.stderr
