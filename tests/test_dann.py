@@ -260,12 +260,13 @@ def test_padding_and_missing_domains_change_no_gradient(present):
 
 
 def test_four_domains_are_confused_by_training_and_the_labels_kept():
-    # Columns 0 and 1 tell the label, column 2 the domain.
+    # Columns 0 and 1 tell the label, 2 and 3 the domain.
     key = jax.random.key(2)
     x = jax.random.normal(key, (400, 4))
     domains = jnp.arange(400) % 4
     labels = (x[:, 0] + x[:, 1] > 0).astype(int)
-    x = x.at[:, 2].set(2 * domains.astype(x.dtype) + 0.1 * x[:, 2])
+    corners = jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    x = x.at[:, 2:].set(corners[domains] + 0.1 * x[:, 2:])
 
     def train(scale):
         model = make_nnx(domains=4)
@@ -300,4 +301,4 @@ def test_four_domains_are_confused_by_training_and_the_labels_kept():
     plain, _ = train(0.0)
     confused, right = train(1.0)
     assert plain > 0.8 and confused < plain - 0.2
-    assert right.mean() > 0.9
+    assert right.mean() > 0.85  # chance is 0.5
