@@ -40,6 +40,7 @@ class Task:
       steps: Of a training.
       batch: Examples from each domain in a step.
       prepare: What is done to a batch, from a key or, in evaluation, None.
+      generalisation: Whether nothing of the target is seen in training.
       reported: What the literature reports for exactly this protocol, and where.
       remark: What a reader of the table must know.
     """
@@ -52,6 +53,7 @@ class Task:
     steps: int = 4000
     batch: int = 64
     prepare: Callable[[Any, Any], Any] = lambda key, x: x
+    generalisation: bool = False
     reported: str = ""
     remark: str = ""
 
@@ -311,6 +313,16 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             num_classes=10,
             batch=32,
             remark="four domains",
+        ),
+        Task(
+            "digits, 0, 15 and 30 -> unseen 45 degrees",
+            functools.partial(digits, sources=(0.0, 15.0, 30.0), targets=(45.0,)),
+            digit_mlp,
+            sgd(0.01),
+            num_classes=10,
+            batch=32,
+            generalisation=True,
+            remark="domain generalisation: no image of the target is seen",
         ),
     ]
     if data is None:
