@@ -352,7 +352,7 @@ def main() -> int:
     report.print_table(tables, ("task", "method", "mean", "std", "gain", "low", "high"))
     print()
     adapting = [task.name for task in args.chosen if not task.generalisation]
-    lost = regrets(record.rows, adapting)
+    lost = regrets(record.rows, adapting) if adapting else []
     report.print_table(lost, ("criterion", *adapting, "mean", "worst"))
     record.data |= {"summary": tables, "regret": lost}
     adapted = {
@@ -363,16 +363,16 @@ def main() -> int:
     failures = []
     if len(adapted) < min(5, len(names)):
         failures.append(f"adaptation is clear on {len(adapted)} of {len(names)} tasks")
-    default = lost[0]
-    if default["mean"] > 2 or default["worst"] > 5:
-        failures.append(
-            f"{DEFAULT} loses {default['mean']:.1f} points in the mean, "
-            f"{default['worst']:.1f} at worst"
+    claim = f"adaptation on {len(adapted)} of {len(names)} tasks"
+    if lost:
+        mean, worst = lost[0]["mean"], lost[0]["worst"]
+        claim += (
+            f"; {DEFAULT} loses {mean:.1f} points in the mean, {worst:.1f} at worst"
         )
-    claim = f"adaptation on {len(adapted)} of {len(names)} tasks; {DEFAULT} loses "
-    claim += (
-        f"{default['mean']:.1f} points in the mean, {default['worst']:.1f} at worst"
-    )
+        if mean > 2 or worst > 5:
+            failures.append(
+                f"{DEFAULT} loses {mean:.1f} points in the mean, {worst:.1f} at worst"
+            )
     return record.close(claim, failures)
 
 

@@ -52,15 +52,18 @@ MEASURES = {  # and the unit of the axis
 
 def load():
     """Returns nine measurements, the progression, both standardised, and the sex."""
-    x, y = sklearn.datasets.load_diabetes(return_X_y=True, scaled=False)
+    x, y = map(
+        np.asarray, sklearn.datasets.load_diabetes(return_X_y=True, scaled=False)
+    )
     sex = (x[:, 1] > 1).astype(np.int32)
     x = np.delete(x, 1, axis=1)
     x, y = ((a - a.mean(axis=0)) / a.std(axis=0) for a in (x, y))
     return x.astype(np.float32), y.astype(np.float32), sex
 
 
-def train(scale, key, rows, x, y, sex, steps):
+def train(scale, key, rows, patients, steps):
     """Trains on the rows; returns features and prediction of every patient."""
+    x, y, sex = patients
     init_key, batch_key = jax.random.split(key)
     linear = functools.partial(nnx.Linear, rngs=nnx.Rngs(init_key))
     model = DANN(
@@ -152,7 +155,8 @@ def main():
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
 
     def one(scale, key, rows):
-        return train(scale, key, rows, *map(jnp.asarray, (x, y, sex)), args.steps)
+        whole = jnp.asarray(x), jnp.asarray(y), jnp.asarray(sex)
+        return train(scale, key, rows, whole, args.steps)
 
     every = jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)), in_axes=(0, None, None))
     try:
