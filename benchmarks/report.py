@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Row = dict[str, Any]
+SAME = ("benchmark", "settings", "machine", "versions")  # in a file to go on with
 PACKAGES = ("jaxgrl", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -120,13 +121,16 @@ class Record:
         try:
             old = json.loads(self.path.read_text())
             rows = list(old["rows"])
+            old = {k: old[k] for k in (*SAME, "date")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             sys.exit(f"--resume must be a file of results, got {self.path}: {error!r}")
-        for key in ("benchmark", "settings", "machine", "versions"):
-            if old.get(key) != self.data[key]:
+        settings = self.data["settings"]
+        old["settings"] = {k: v for k, v in old["settings"].items() if k in settings}
+        for key in SAME:
+            if old[key] != self.data[key]:
                 sys.exit(
                     f"--resume must be a file with the same {key}, {self.data[key]}, "
-                    f"got {old.get(key)}"
+                    f"got {old[key]}"
                 )
         self.rows.extend(rows)
         self.data["date"] = old["date"]

@@ -36,9 +36,9 @@ class Task:
       make_data: From the seed to the data, labels of the target included.
       network: From rngs, number of domains, condition and its output size to a DANN.
       optimizer: From the number of steps to the optimizer.
-      num_classes: Of the labels.
       steps: Of a training.
       batch: Examples from each domain in a step.
+      seeds: How many there are, by what a run takes.
       prepare: What is done to a batch, from a key or, in evaluation, None.
       generalisation: Whether nothing of the target is seen in training.
       reported: What the literature reports for exactly this protocol, and where.
@@ -49,9 +49,9 @@ class Task:
     make_data: Callable[[int], Data]
     network: Callable[..., DANN]
     optimizer: Callable[[int], optax.GradientTransformation]
-    num_classes: int
     steps: int = 4000
     batch: int = 64
+    seeds: int = 10
     prepare: Callable[[Any, Any], Any] = lambda key, x: x
     generalisation: bool = False
     reported: str = ""
@@ -284,7 +284,6 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             functools.partial(digits, targets=(float(angle),)),
             digit_mlp,
             sgd(0.01),
-            num_classes=10,
         )
         for angle in (15, 25, 35, 45)
     ]
@@ -294,23 +293,22 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             moons,
             functools.partial(mlp, 2, 20, 2),
             sgd(0.1),
-            num_classes=2,
+            seeds=20,
         ),
         Task(
             "breast cancer, mean -> worst cells",
             cells,
             functools.partial(mlp, 10, 32, 2),
             sgd(0.01),
-            num_classes=2,
             steps=2000,
             batch=32,
+            seeds=20,
         ),
         Task(
             "digits, 0 and 15 -> 30 and 45 degrees",
             functools.partial(digits, sources=(0.0, 15.0), targets=(30.0, 45.0)),
             digit_mlp,
             sgd(0.01),
-            num_classes=10,
             batch=32,
             remark="four domains",
         ),
@@ -319,7 +317,6 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             functools.partial(digits, sources=(0.0, 15.0, 30.0), targets=(45.0,)),
             digit_mlp,
             sgd(0.01),
-            num_classes=10,
             batch=32,
             generalisation=True,
             remark="domain generalisation: no image of the target is seen",
@@ -334,8 +331,8 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             functools.partial(mnist_usps, path=data, source=source, target=target),
             cnn,
             sgd(0.03),
-            num_classes=10,
             steps=1500,
+            seeds=5,
             prepare=warped,
             reported=reported[source],
             remark=transductive,
