@@ -70,7 +70,7 @@ def centroid_agreement(
     member = jax.nn.one_hot(source_labels, target_logits.shape[1])
     centroids = member.T @ source_features / jnp.sum(member, axis=0)[:, None]
     # The squared distance, but for the target's own length.
-    distances = jnp.sum(centroids**2, axis=1) - 2 * target_features @ centroids.T
+    distances = jnp.sum(centroids**2, axis=1)[None] - 2 * target_features @ centroids.T
     agree = jnp.argmin(distances, axis=1) == jnp.argmax(target_logits, axis=1)
     finite = jnp.all(jnp.isfinite(distances)) & jnp.all(jnp.isfinite(target_logits))
     return jnp.where(finite, jnp.mean(agree), jnp.nan)

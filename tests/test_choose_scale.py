@@ -1,0 +1,102 @@
+"""The choice of the scale: its criteria by hand, and runs that diverge."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "examples" / "choose_scale.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("choose_scale", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_centroid_agreement_by_hand(example):
+    source = jnp.array([[0.0, 0.0], [0.0, 2.0], [4.0, 0.0], [4.0, 2.0]])
+    labels = jnp.array([0, 0, 1, 1])  # centroids (0, 1) and (4, 1)
+    target = jnp.array([[1.0, 9.0], [3.0, -9.0], [1.9, 1.0], [2.1, 1.0]])
+    logits = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert example.centroid_agreement(source, labels, target, logits) == 0.75
+    broken = logits.at[0, 0].set(jnp.nan)
+    assert jnp.isnan(example.centroid_agreement(source, labels, target, broken))
+
+
+def test_reverse_validation_by_hand(example):
+    target_logits = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+    given = []
+
+    def fit(labels):
+        given.append(labels.tolist())
+        return lambda x: jnp.stack([-x, x], axis=1)  # class 1 where x > 0
+
+    inputs, labels = jnp.array([1.0, -1.0, 2.0, 3.0]), jnp.array([1, 0, 1, 0])
+    assert example.reverse_validation(fit, target_logits, inputs, labels) == 0.75
+    assert given == [[0, 1]]  # what the first network says, as labels
+    inputs = inputs.at[0].set(jnp.inf)
+    assert jnp.isnan(example.reverse_validation(fit, target_logits, inputs, labels))
+
+
+def test_one_run_that_diverged_takes_its_scale_out(example):
+    grid = {"InfoMax": np.array([[1.0, 1.0], [9.0, np.nan], [2.0, 2.0]])}
+    assert example.choose(grid, "InfoMax") == 2
+    with pytest.raises(SystemExit, match="Every scale diverged"):
+        example.choose({"InfoMax": np.full((3, 2), np.nan)}, "InfoMax")
+
+
+def _run(*options):
+    return subprocess.run(
+        [sys.executable, "-W", "error", SCRIPT, *options],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_short_run_shows_the_grid_its_choice_and_what_diverged(tmp_path, example):
+    options = ("--scales", "0", "1", "1e30", "--seeds", "2", "--steps", "400")
+    result = _run(*options, "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (chosen,) = [r for r in result.stdout.splitlines() if r.endswith("<- chosen")]
+    (broken,) = [r for r in result.stdout.splitlines() if "diverged: 2 of 2" in r]
+    assert broken.split()[0] == "1e+30" and chosen.split()[0] in ("0", "1")
+    assert "one vmapped program" in result.stdout
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "choose_scale.png").stat().st_size > 10_000
+    results = json.loads((folder / "results.json").read_text())
+    grid = {name: np.array(values) for name, values in results["grid"].items()}
+    assert {values.shape for values in grid.values()} == {(3, 2)}
+    assert np.isnan([values[2] for values in grid.values()]).all()
+    assert (grid["InfoMax"][:2] < math.log(10)).all()
+    assert (grid["reverse validation"][:2] > 0.15).all()  # chance is 0.1
+    assert (
+        results["chosen"]["InfoMax"]
+        == results["scales"][example.choose(grid, "InfoMax")]
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            ("--scales", "0", "-1"),
+            "--scales must be finite and 0 or more, got [0.0, -1",
+        ),
+        (("--seeds", "1"), "--seeds must be between 2 and 100, got 1"),
+        (("--angle", "nan"), "--angle must be between -180 and 180, got nan"),
+    ],
+)
+def test_a_wrong_value_is_refused_before_anything_runs(tmp_path, options, message):
+    result = _run(*options, "--output", tmp_path)
+    assert result.returncode == 2 and message in result.stderr
+    assert not any(tmp_path.iterdir())
