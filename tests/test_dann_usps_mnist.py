@@ -15,7 +15,7 @@ DATA = os.environ.get("JAXGRL_DATA")
 
 
 def _run(*options):
-    # Without conftest.py's eight devices: the script makes one for each core itself.
+    # Without the eight devices of conftest.py: the script needs one.
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     return subprocess.run(
         [sys.executable, "-W", "error", SCRIPT, *options],
