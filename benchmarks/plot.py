@@ -224,7 +224,54 @@ def draw_training(data: dict[str, Any], path: pathlib.Path) -> None:
     save(figure, data, path)
 
 
+def draw_adaptation(data: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws target accuracy of every method on every task, and what criteria lose."""
+    summary, lost = data["summary"], data["regret"]
+    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    looks = {
+        "source only": ("0.5", "o"),
+        "DANN": (GOOD, "s"),
+        "DANN, chosen": (GOOD, "*"),
+        "CDAN": (WORSE, "^"),
+        "CDAN+E": (WORSE, "v"),
+        "trained on target": (INK, "|"),
+    }
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    for i, (method, (color, marker)) in enumerate(looks.items()):
+        own = [r for r in summary if r["method"].partition(" (")[0] == method]
+        y = [tasks.index(row["task"]) + 0.1 * (i - 2.5) for row in own]
+        left.errorbar(
+            [row["mean"] for row in own],
+            y,
+            xerr=[row["std"] for row in own],
+            fmt=marker,
+            color=color,
+            ms=9 if marker in "*|" else 6,
+            mfc="white" if marker == "v" else color,
+            elinewidth=1,
+            label=method,
+        )
+    left.set_yticks(range(len(tasks)), tasks)
+    left.invert_yaxis()
+    left.set(title="Target accuracy, mean ± std over seeds", xlabel="%")
+    left.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    styles = ("*", "o", "s", "|")
+    for row, marker in zip(lost, styles, strict=False):
+        own = [(row[task], tasks.index(task)) for task in tasks if task in row]
+        x, y = zip(*own, strict=True)
+        color = GOOD if marker == "*" else "0.4"
+        name = f"{row['criterion']}: {row['mean']:.1f}, {row['worst']:.1f} at worst"
+        right.plot(x, y, marker, color=color, ms=12, mfc="none", label=name)
+    right.set(title="What choosing the scale loses", xlabel="points of accuracy")
+    right.grid(axis="x", alpha=0.3)
+    right.legend(loc="best", fontsize=8)
+    save(figure, data, path)
+
+
 DRAW = {
+    "adaptation": draw_adaptation,
     "overhead": draw_overhead,
     "timing": draw_timing,
     "correctness": draw_correctness,

@@ -53,16 +53,31 @@ def test_package_is_typed():
     assert (pathlib.Path(jaxgrl.__file__).parent / "py.typed").exists()
 
 
-def _readme_code():
-    return "\n".join(re.findall(r"^```python\n(.*?)^```", README, re.S | re.M))
+def _code(document):
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", document, re.S | re.M))
 
 
 def test_readme_code_runs_and_prints_what_it_says():
-    code = _readme_code()
+    code = _code(README)
     result = _run(code, "-W", "error")
     assert result.returncode == 0, result.stderr
     promised = re.findall(r"^ *print\(.*\)  # (.*)$", code, re.M)
     assert len(promised) >= 7 and result.stdout.splitlines() == promised
+
+
+def test_guide_code_runs_and_its_report_finds_nothing_to_mend():
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    result = _run(_code(guide), "-W", "error")
+    assert result.returncode == 0, result.stderr
+    assert "reversed once, by `scale`: nothing to mend" in result.stdout
+    # Numbers may differ in the last digit between versions; what is reversed may not.
+    (promised,) = re.findall(r"^```text\n(parameter.*?)^```", guide, re.S | re.M)
+    rows = [
+        [line.split()[:2] for line in t.splitlines()[:9]]
+        for t in (promised, result.stdout)
+    ]
+    assert rows[0] == rows[1]
+    assert re.search(r"^scale (0\.3|1\.0|3\.0)$", result.stdout, re.M)
 
 
 def _table_rows(text):
