@@ -252,7 +252,7 @@ class _Probe:
             )
             total = domain_weight * domain
             if not self.whole:
-                total = total + label_weight * label
+                total = total + (label_weight * label).astype(total.dtype)
             return total, (label, domain, logits)
 
         self.evaluate = jax.jit(jax.value_and_grad(weighted, has_aux=True))

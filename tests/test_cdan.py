@@ -96,7 +96,7 @@ def test_weights_worked_out_by_hand():
 
 @pytest.mark.parametrize("jit", [False, True])
 def test_weights_have_mean_one_in_each_domain(jit):
-    logits = 3 * jax.random.normal(jax.random.key(0), (40, 5))
+    logits = 3 * jax.random.normal(jax.random.key(0), (40, 5), jnp.float32)
     domains = jnp.array([0] * 25 + [3] * 10 + [7] * 5)  # any integers, unequal, gaps
     where = jnp.arange(40) % 4 != 0
     function = jax.jit(entropy_weights) if jit else entropy_weights

@@ -19,7 +19,7 @@ from jaxgrl import (
     randomized_multilinear_map,
 )
 
-X = jax.random.normal(jax.random.key(0), (6, 4))
+X = jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)
 
 
 def make_nnx(condition=None, width=5, domains=1):
@@ -231,13 +231,13 @@ def test_padding_and_missing_domains_change_no_gradient(present):
     model = make_nnx(domains=4)
     domains = jnp.repeat(jnp.arange(4), jnp.array(present), total_repeat_length=None)
     n, padding = len(domains), 3
-    x = jax.random.normal(jax.random.key(1), (n, 4))
+    x = jax.random.normal(jax.random.key(1), (n, 4), jnp.float32)
     labels = jnp.where(domains < 2, jnp.arange(n) % 3, 0)
     grad = nnx.grad(k_domain_loss)
     exact = grad(model, x, labels, domains, domains < 2, jnp.ones(n, bool), 0.5)
     padded = grad(
         model,
-        jnp.concatenate([x, jnp.zeros((padding, 4))]),
+        jnp.concatenate([x, jnp.zeros((padding, 4), jnp.float32)]),
         jnp.concatenate([labels, jnp.zeros(padding, labels.dtype)]),
         jnp.concatenate([domains, jnp.full(padding, -1)]),
         jnp.concatenate([domains < 2, jnp.ones(padding, bool)]),
@@ -262,10 +262,10 @@ def test_padding_and_missing_domains_change_no_gradient(present):
 def test_four_domains_are_confused_by_training_and_the_labels_kept():
     # Columns 0 and 1 tell the label, 2 and 3 the domain.
     key = jax.random.key(2)
-    x = jax.random.normal(key, (400, 4))
+    x = jax.random.normal(key, (400, 4), jnp.float32)
     domains = jnp.arange(400) % 4
     labels = (x[:, 0] + x[:, 1] > 0).astype(int)
-    corners = jnp.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+    corners = jnp.array([[-1, -1], [-1, 1], [1, -1], [1, 1]], jnp.float32)
     x = x.at[:, 2:].set(corners[domains] + 0.1 * x[:, 2:])
 
     def train(scale):

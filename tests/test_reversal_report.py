@@ -17,7 +17,7 @@ from jaxgrl import (
 )
 
 BATCH = 24
-X = jax.random.normal(jax.random.key(0), (2 * BATCH, 5))
+X = jax.random.normal(jax.random.key(0), (2 * BATCH, 5), jnp.float32)
 Y = jnp.argmax(X[:BATCH, :3], axis=1)
 DOMAINS = jnp.repeat(jnp.array([0, 1]), BATCH)
 
@@ -36,7 +36,9 @@ def make_params(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(1), len(sizes))
     return {
         name: {
-            "kernel": (jax.random.normal(key, shape) / shape[0] ** 0.5).astype(dtype),
+            "kernel": (
+                jax.random.normal(key, shape, jnp.float32) / shape[0] ** 0.5
+            ).astype(dtype),
             "bias": jnp.full(shape[1], 0.1, dtype),
         }
         for key, (name, shape) in zip(keys, sizes.items(), strict=True)
