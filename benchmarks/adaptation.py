@@ -357,6 +357,10 @@ def main() -> int:
 
     tables = [row for task in args.chosen for row in summary(record.rows, task)]
     report.print_table(tables, ("task", "method", "mean", "std", "gain", "low", "high"))
+    for task in args.chosen:
+        notes = [task.remark, f"reported: {task.reported}" if task.reported else ""]
+        if any(notes):
+            print(f"{task.name}: {'; '.join(filter(None, notes))}")
     print()
     adapting = [task.name for task in args.chosen if not task.generalisation]
     lost = regrets(record.rows, adapting) if adapting else []
