@@ -130,6 +130,11 @@ def _checked(
 
     Masked rows come back as zeros: a gradient through whatever they held could be nan.
     """
+    if logits is None:
+        raise TypeError(
+            "`logits` must be an array, got None: a DANN returns no domain logits in "
+            "evaluation, after eval() or with deterministic=True."
+        )
     given = jnp.asarray(logits)
     check_floating("logits", given)
     if given.ndim not in (1, 2) or given.shape[1:] == (0,):

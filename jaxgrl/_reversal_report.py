@@ -66,10 +66,16 @@ class ReversalReport:
             ).rstrip()
             for row in rows
         ]
-        lines.append(f"strength of the reversal: {self.strength:.3g} times scale")
+        if not math.isnan(self.strength):
+            lines.append(
+                f"strength, by finite differences: {self.strength:.2f} x scale"
+            )
         if not math.isnan(self.logit_spread):
             lines.append(f"spread of the domain logits: {self.logit_spread:.3g}")
-        verdict = self.problems or ("reversed once, by `scale`: nothing to mend",)
+        fine = "reversed once, by `scale`: nothing to mend"
+        if math.isnan(self.logit_spread):
+            fine += ", as far as the sum of the losses tells"
+        verdict = self.problems or (fine,)
         return "\n".join([*lines, *(f"verdict: {line}" for line in verdict)])
 
 
@@ -127,7 +133,14 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
     problems = []
     finite = all(np.all(np.isfinite(g)) for grads in at.values() for g in grads)
     if not (math.isfinite(label) and math.isfinite(domain) and finite):
-        problems = ["a loss or a gradient is not finite: no more can be told"]
+        what = "a gradient"
+        if not math.isfinite(label + domain):
+            what = "the loss" if probe.whole else "the domain loss"
+            what = what if math.isfinite(label) else "the label loss"
+        problems = [
+            f"{what} is not finite, so that no more can be told: are the inputs? Is a "
+            "domain out of range for the logits?"
+        ]
         leaves = tuple(LeafReport(p, "none", *[math.nan] * 3) for p in probe.paths)
         return _report(leaves, math.nan, spread, problems)
 
@@ -438,7 +451,7 @@ def _report(
         if not math.isnan(leaf.cosine)
     )
     cosine = sum(dots) / (label * domain) if label * domain else math.nan
-    name = f"{len(chosen)} of {len(leaves)}"
+    name = f"together: {len(chosen)} of {len(leaves)}"
     together = LeafReport(name, "reversed", label, domain, cosine)
     return ReversalReport(leaves, together, strength, spread, tuple(problems))
 

@@ -136,6 +136,10 @@ def test_evaluation_skips_the_discriminator_in_nnx():
     model.eval()
     outputs = model(X)
     assert outputs.domain_logits is None
+    with pytest.raises(
+        TypeError, match=r"`logits` must be an array, got None: .* eval"
+    ):
+        domain_loss(outputs.domain_logits, jnp.zeros(6, int))
     np.testing.assert_array_equal(outputs.label_logits, trained.label_logits)
     assert nnx.view(model, deterministic=True)(X).domain_logits is None
     model.train()

@@ -216,7 +216,9 @@ def test_a_right_model_has_nothing_to_mend_by_the_sum_alone():
     coarse = {"features": "reversed"} | dict.fromkeys(
         ("classifier", "hidden", "out"), "not reversed"
     )
-    check_kinds(reversal_report(total(dann), make_params()), coarse)
+    report = reversal_report(total(dann), make_params())
+    check_kinds(report, coarse)
+    assert "as far as the sum of the losses tells" in str(report)
 
 
 def test_low_precision_parameters():
@@ -246,7 +248,7 @@ def test_norms_and_cosine_are_those_of_the_two_gradients(form):
     norms = [float(jnp.linalg.norm(g)) for g in flat]
     expected = (*norms, float(jnp.vdot(*flat)) / (norms[0] * norms[1]))
     np.testing.assert_allclose(report.reversed[2:], expected, rtol=2e-4, atol=1e-6)
-    assert report.reversed.path == "2 of 8"
+    assert report.reversed.path == "together: 2 of 8"
 
 
 def nnx_model(condition=None, **parts):
@@ -316,7 +318,10 @@ def test_a_linen_model():
 def test_a_loss_that_is_not_finite_is_named():
     params = make_params()
     params["features"]["kernel"] = params["features"]["kernel"].at[0, 0].set(jnp.nan)
-    assert "not finite" in problems(reversal_report(dann, params))
+    assert "the label loss is not finite" in problems(reversal_report(dann, params))
+    out_of_range = mistake(combine=lambda label, d, s: (label, d * jnp.nan))
+    found = problems(reversal_report(out_of_range, make_params()))
+    assert "the domain loss is not finite" in found
 
 
 def test_it_runs_where_nan_is_an_error():
