@@ -41,7 +41,7 @@ class ReversalReport:
       reversed: The same for all that are reversed, taken together.
       strength: By how much the gradient is reversed, over ``scale``: 1 as it should be.
         Measured by finite differences, so about; a ``stop_gradient`` in the domain loss
-        moves it. nan if nothing is reversed.
+        moves it. nan if nothing is reversed, or it cannot be told.
       logit_spread: The standard deviation of the domain logits over the batch, the
         largest of the K; nan if the loss does not return them.
       problems: What is wrong, in words; empty if nothing was found.
@@ -127,11 +127,14 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
       ()
     """
     probe = _Probe(loss, params)
-    at = {s: probe.gradients(s) for s in (0.0, 1.0, -1.0, 2.0)}
+    # In 0 to 1: a loss may clip the scale to where it expects it.
+    scales = np.array([0, 1 / 3, 2 / 3, 1])
+    grads = [probe.gradients(float(s)) for s in scales]
+    full = grads[-1]
     label, domain, logits = probe.values(1.0)
     spread = _spread(logits) if logits is not None else math.nan
     problems = []
-    finite = all(np.all(np.isfinite(g)) for grads in at.values() for g in grads)
+    finite = all(np.all(np.isfinite(g)) for point in grads for g in point)
     if not (math.isfinite(label) and math.isfinite(domain) and finite):
         what = "a gradient"
         if not math.isfinite(label + domain):
@@ -144,29 +147,21 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
         leaves = tuple(LeafReport(p, "none", *[math.nan] * 3) for p in probe.paths)
         return _report(leaves, math.nan, spread, problems)
 
-    # g(s) = zero + s * once + s^2 * twice + s^3 * thrice, per leaf.
-    zero = at[0.0]
-    deltas = {s: _minus(at[s], zero) for s in (1.0, -1.0, 2.0)}
-    twice = [(a + b) / 2 for a, b in zip(deltas[1.0], deltas[-1.0], strict=True)]
-    odd = [(a - b) / 2 for a, b in zip(deltas[1.0], deltas[-1.0], strict=True)]
-    thrice = [
-        (d - 4 * t - 2 * o) / 6 for d, t, o in zip(deltas[2.0], twice, odd, strict=True)
-    ]
-    once = _minus(odd, thrice)
-    powers = [
-        1 + int(np.argmax([_norm(part) for part in parts]))
-        for parts in zip(once, twice, thrice, strict=True)
-    ]
-    touched = probe.touched_by_scale()
+    zero = grads[0]
+    powers, once, twice, thrice = _powers(scales, grads, probe.point)
     in_loss = not math.isfinite(sum(probe.values(math.nan)[:2]))
     if in_loss:
         # Then nan is everywhere: what is reversed shows in the powers of scale alone.
-        size = 1e-3 * max(map(_norm, twice + odd))
-        reversed_ = [_norm(t) > max(size, _norm(o)) for t, o in zip(twice, odd)]  # noqa: B905
+        size = 1e-3 * max(map(_norm, once + twice))
+        reversed_ = [
+            power == 2 and _norm(t) > size
+            for power, t in zip(powers, twice, strict=True)
+        ]
     else:
-        reversed_ = touched
+        reversed_ = probe.touched_by_scale()
     arriving = [
-        t if power == 2 else g for g, t, power in zip(odd, twice, powers, strict=True)
+        parts[power - 1]
+        for power, *parts in zip(powers, once, twice, thrice, strict=True)
     ]
     if probe.whole:
         trained = [bool(_norm(g)) for g in zero]
@@ -180,19 +175,20 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
     rows = zip(probe.paths, labels, arriving, zero, reversed_, reached, strict=True)
     for path, y, back, plain, is_reversed, is_reached in rows:
         if is_reversed:
-            leaves.append(_leaf(path, "reversed", y, -back))
+            sign = 1 if powers[len(leaves)] == 2 and not in_loss else -1
+            leaves.append(_leaf(path, "reversed", y, sign * back))
         elif probe.whole:
             kind = "not reversed" if _norm(y) else "none"
             leaves.append(LeafReport(path, kind, *[math.nan] * 3))
         elif is_reached:
-            leaves.append(_leaf(path, "plain", y, at[1.0][len(leaves)]))
+            leaves.append(_leaf(path, "plain", y, full[len(leaves)]))
         else:
             leaves.append(_leaf(path, "none", y, np.zeros_like(plain)))
 
     strength = math.nan
     indices = [i for i, r in enumerate(reversed_) if r]
     flow = math.hypot(*(_norm(arriving[i]) for i in indices))
-    ground = math.hypot(*map(_norm, at[1.0]))
+    ground = math.hypot(*map(_norm, full))
     if in_loss:
         if indices:
             problems.append(
@@ -206,7 +202,7 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
                 "starves while it is small. Pass it to the layer instead"
             )
     elif not indices:
-        problems.append(_why_not_reversed(probe, at[1.0], trained, reached))
+        problems.append(_why_not_reversed(probe, full, trained, reached))
     elif flow <= 1e-6 * ground:
         problems.append(
             "nothing comes back through the layer: the discriminator's output is "
@@ -222,8 +218,12 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
             direction = [a * r for a, r in zip(arriving, reversed_, strict=True)]
             pushed = sum(_dot(a, a) for a in direction)
             slope = probe.slope(direction, excess=zero if probe.whole else None)
-            strength = -pushed / slope if slope else math.inf
-            if not 0.5 < strength < 2:
+            strength = -pushed / slope if slope else math.nan
+            # In a sum, a small domain gradient is lost in the label gradient.
+            lost = [abs(_dot(z, d)) for z, d in zip(zero, direction, strict=True)]
+            if sum(lost) > 10 * pushed:
+                strength = math.nan
+            if strength <= 0.5 or strength >= 2:
                 problems.append(
                     f"the reversal is about {strength:.2g} times as strong as `scale` "
                     "(or a stop_gradient changes the domain gradient): does anything "
@@ -339,6 +339,28 @@ class _Probe:
         if excess is not None:
             slope -= sum(_dot(e, d) for e, d in zip(excess, direction, strict=True))
         return slope
+
+
+def _powers(
+    scales: np.ndarray, grads: list[list[np.ndarray]], point: list[jax.Array]
+) -> tuple[list[int], list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Returns how often each leaf is reversed, and its gradient's powers of scale."""
+    fit = np.linalg.inv(np.vander(scales, increasing=True))[1:]
+    leaves = list(zip(*grads, strict=True))
+    parts = [
+        [sum(w * g for w, g in zip(row, leaf, strict=True)) for leaf in leaves]
+        for row in fit
+    ]
+    powers = []
+    ground = math.hypot(*map(_norm, grads[-1]))
+    for value, leaf, *own in zip(point, leaves, *parts, strict=True):
+        norms = [_norm(part) for part in own]
+        # What rounding leaves of a small gradient in a large one is no power.
+        least = min(1e4 * float(jnp.finfo(value.dtype).eps), 0.5) * _norm(leaf[-1])
+        least = max(least, 1e-5 * ground)
+        powers.append(1 + int(np.argmax(norms)) if max(norms) > least else 1)
+    once, twice, thrice = parts
+    return powers, once, twice, thrice
 
 
 def _why_not_reversed(

@@ -221,6 +221,18 @@ def test_a_right_model_has_nothing_to_mend_by_the_sum_alone():
     assert "as far as the sum of the losses tells" in str(report)
 
 
+def test_a_loss_may_clip_the_scale():
+    def clipped(x, scale):
+        return gradient_reversal(x, jnp.clip(scale, 0.0, 1.0))
+
+    check_kinds(reversal_report(mistake(before=clipped), make_params()))
+
+
+def test_a_small_domain_gradient_beside_a_large_label_gradient():
+    loss = mistake(combine=lambda label, domain, s: (1e4 * label, domain))
+    assert reversal_report(total(loss), make_params()).problems == ()
+
+
 def test_low_precision_parameters():
     report = reversal_report(dann, make_params(jnp.bfloat16))
     kinds = {leaf.path: leaf.domain for leaf in report.leaves}
