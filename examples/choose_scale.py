@@ -265,7 +265,7 @@ def parse_args():
         "--angle", type=float, default=35.0, help="of the target, degrees (default: 35)"
     )
     add("--seeds", type=int, default=5, help="runs of each scale (default: 5)")
-    add("--steps", type=int, default=1500, help="of each run (default: 1500)")
+    add("--steps", type=int, default=4000, help="of each run (default: 4000)")
     add("--scales", type=float, nargs="+", default=SCALES, help="the grid")
     add("--output", type=pathlib.Path, default="runs", help="folder (default: runs)")
     args = parser.parse_args()

@@ -346,11 +346,8 @@ def _powers(
 ) -> tuple[list[int], list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Returns how often each leaf is reversed, and its gradient's powers of scale."""
     fit = np.linalg.inv(np.vander(scales, increasing=True))[1:]
-    leaves = list(zip(*grads, strict=True))
-    parts = [
-        [sum(w * g for w, g in zip(row, leaf, strict=True)) for leaf in leaves]
-        for row in fit
-    ]
+    leaves = [np.stack(leaf) for leaf in zip(*grads, strict=True)]
+    parts = [[np.tensordot(row, leaf, 1) for leaf in leaves] for row in fit]
     powers = []
     ground = math.hypot(*map(_norm, grads[-1]))
     for value, leaf, *own in zip(point, leaves, *parts, strict=True):
