@@ -25,6 +25,12 @@ def domain_features(
     """Returns what is to be reversed and given to the domain discriminator."""
     if condition is None:
         return features
+    if getattr(label_logits, "ndim", 0) < 2 or label_logits.shape[-1] < 2:
+        raise ValueError(
+            "the label classifier must return [batch, C] with C 2 or more where "
+            "`condition` is given, got "
+            f"{getattr(label_logits, 'shape', type(label_logits).__name__)}."
+        )
     wide = label_logits.astype(at_least_float32(label_logits.dtype))
     return condition(features, jax.lax.stop_gradient(jax.nn.softmax(wide)))
 
@@ -209,9 +215,10 @@ def entropy_weights(
     """
     logits = jax.lax.stop_gradient(jnp.asarray(label_logits))
     check_floating("label_logits", logits)
-    if logits.ndim != 2 or not logits.shape[1]:
+    if logits.ndim != 2 or logits.shape[1] < 2:
         raise ValueError(
-            f"`label_logits` must have shape [batch, C], got shape {logits.shape}."
+            "`label_logits` must have shape [batch, C] with C 2 or more, got shape "
+            f"{logits.shape}."
         )
     batch = logits.shape[0]
     domains = jnp.zeros(batch, jnp.int32) if domains is None else domains
@@ -222,8 +229,9 @@ def entropy_weights(
     logits = logits.astype(at_least_float32(logits.dtype))
     logits = jnp.where(mask[:, None], logits, 0)
     log_p = jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
     # A probability of 0 adds nothing to the entropy, though its logarithm is infinite.
-    entropy = -jnp.sum(jnp.where(log_p > -jnp.inf, jnp.exp(log_p) * log_p, 0), axis=1)
+    entropy = -jnp.sum(jnp.where(p == 0, 0, p * log_p), axis=1)
     weights = jnp.where(mask, 1 + jnp.exp(-entropy), 0)
     if not batch:
         return weights

@@ -1,5 +1,6 @@
 """Two numbers that judge a trained network without target labels."""
 
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -70,28 +71,25 @@ def proxy_a_distance(
         raise ImportError(
             "jaxgrl.proxy_a_distance needs scikit-learn: pip install scikit-learn"
         ) from error
-    arrays = []
-    given = {"source_features": source_features, "target_features": target_features}
-    for name, value in given.items():
-        array = np.asarray(value).astype(np.float64)
-        if array.ndim < 2 or not np.isfinite(array).all():
-            raise ValueError(
-                f"`{name}` must be [examples, ...] and finite, got shape {array.shape}"
-                f" with {np.sum(~np.isfinite(array))} values that are not."
-            )
-        arrays.append(array.reshape(len(array), -1))
-    source, target = arrays
-    if source.shape[1] != target.shape[1]:
+    source, target = (
+        _checked_features(name, value)
+        for name, value in {
+            "source_features": source_features,
+            "target_features": target_features,
+        }.items()
+    )
+    if source.shape[1:] != target.shape[1:]:
         raise ValueError(
-            "`target_features` must have as many features as `source_features`, got "
-            f"{target.shape[1]} and {source.shape[1]}."
+            "`target_features` must have the trailing axes of `source_features`, got "
+            f"shape {target.shape} beside {source.shape}."
         )
     fewest = min(len(source), len(target))
-    if not 2 <= folds <= fewest:
+    if not isinstance(folds, numbers.Integral) or not 2 <= folds <= fewest:
         raise ValueError(
-            f"`folds` must be from 2 to the number of examples of a domain, {fewest}, "
-            f"got {folds}."
+            f"`folds` must be a whole number from 2 to the number of examples of a "
+            f"domain, {fewest}, got {folds!r}."
         )
+    source, target = (a.reshape(len(a), -1) for a in (source, target))
     x = np.concatenate([source, target])
     domains = np.repeat([0, 1], [len(source), len(target)])
     model = make_pipeline(
@@ -104,6 +102,24 @@ def proxy_a_distance(
         e * (1 - e) / n for e, n in zip(errors, (len(source), len(target)), strict=True)
     )
     return ProxyADistance(2 * (1 - sum(errors)), 2 * variance**0.5)
+
+
+def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
+    """Returns features as float64, checked."""
+    array = np.asarray(value)
+    if np.iscomplexobj(array):
+        raise TypeError(f"`{name}` must be real, got {array.dtype}.")
+    array = array.astype(np.float64)
+    if array.ndim < 2 or 0 in array.shape[1:]:
+        raise ValueError(f"`{name}` must be [examples, ...], got shape {array.shape}.")
+    # Squares of what is larger are not finite.
+    bad = ~(np.abs(array) < 1e150)
+    if bad.any():
+        raise ValueError(
+            f"`{name}` must be finite, and below 1e150, got {bad.sum()} values of "
+            f"{array.size} that are not."
+        )
+    return array
 
 
 def information_maximization(target_logits: ArrayLike) -> jax.Array:
@@ -125,7 +141,7 @@ def information_maximization(target_logits: ArrayLike) -> jax.Array:
 
     Raises:
       TypeError: If ``target_logits`` is not floating.
-      ValueError: If it is not ``[batch, C]``, or empty.
+      ValueError: If it is not ``[batch, C]`` with 2 classes or more, or empty.
 
     Example:
       >>> import jax.numpy as jnp
@@ -144,16 +160,17 @@ def information_maximization(target_logits: ArrayLike) -> jax.Array:
     """
     logits = jnp.asarray(target_logits)
     check_floating("target_logits", logits)
-    if logits.ndim != 2 or not logits.size:
+    if logits.ndim != 2 or not len(logits) or logits.shape[1] < 2:
         raise ValueError(
-            "`target_logits` must be [batch, C] and not empty, got shape "
-            f"{logits.shape}."
+            "`target_logits` must be [batch, C] with C 2 or more, and not empty, got "
+            f"shape {logits.shape}."
         )
     logits = logits.astype(at_least_float32(logits.dtype))
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
+    # Not entr(p), whose gradient at a probability of exactly 0 is nan.
+    log_p = jnp.where(p == 0, 0, log_p)
     mean_p = jnp.mean(p, axis=0)
-    mutual = jnp.sum(jax.scipy.special.entr(mean_p)) - jnp.mean(
-        jnp.sum(jax.scipy.special.entr(p), axis=1)
-    )
+    log_mean = jnp.log(jnp.where(mean_p == 0, 1, mean_p))
+    mutual = jnp.mean(jnp.sum(p * log_p, axis=1)) - jnp.sum(mean_p * log_mean)
     return jnp.where(jnp.all(jnp.isfinite(logits)), mutual, jnp.nan)

@@ -127,111 +127,39 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
       ()
     """
     probe = _Probe(loss, params)
+    label, domain, logits = probe.values(1.0)
+    spread = _spread(logits) if logits is not None else math.nan
     # In 0 to 1: a loss may clip the scale to where it expects it.
     scales = np.array([0, 1 / 3, 2 / 3, 1])
     grads = [probe.gradients(float(s)) for s in scales]
-    full = grads[-1]
-    label, domain, logits = probe.values(1.0)
-    spread = _spread(logits) if logits is not None else math.nan
-    problems = []
-    finite = all(np.all(np.isfinite(g)) for point in grads for g in point)
-    if not (math.isfinite(label) and math.isfinite(domain) and finite):
-        what = "a gradient"
-        if not math.isfinite(label + domain):
-            what = "the loss" if probe.whole else "the domain loss"
-            what = what if math.isfinite(label) else "the label loss"
-        problems = [
-            f"{what} is not finite, so that no more can be told: are the inputs? Is a "
-            "domain out of range for the logits?"
-        ]
+    if not_finite := _not_finite(probe, label, domain, grads):
         leaves = tuple(LeafReport(p, "none", *[math.nan] * 3) for p in probe.paths)
-        return _report(leaves, math.nan, spread, problems)
+        return _report(leaves, math.nan, spread, [not_finite])
 
-    zero = grads[0]
-    powers, once, twice, thrice = _powers(scales, grads, probe.point)
-    in_loss = not math.isfinite(sum(probe.values(math.nan)[:2]))
-    if in_loss:
-        # Then nan is everywhere: what is reversed shows in the powers of scale alone.
-        size = 1e-3 * max(map(_norm, once + twice))
-        reversed_ = [
-            power == 2 and _norm(t) > size
-            for power, t in zip(powers, twice, strict=True)
-        ]
-    else:
-        reversed_ = probe.touched_by_scale()
-    arriving = [
-        parts[power - 1]
-        for power, *parts in zip(powers, once, twice, thrice, strict=True)
-    ]
-    if probe.whole:
-        trained = [bool(_norm(g)) for g in zero]
-        labels, reached = zero, [False] * len(zero)
-    else:
-        labels = probe.gradients(0.0, label=1.0, domain=0.0)
-        trained = probe.touched(label=math.nan, domain=0.0)
-        reached = probe.touched(label=0.0, domain=math.nan)
-
-    leaves = []
-    rows = zip(probe.paths, labels, arriving, zero, reversed_, reached, strict=True)
-    for path, y, back, plain, is_reversed, is_reached in rows:
-        if is_reversed:
-            sign = 1 if powers[len(leaves)] == 2 and not in_loss else -1
-            leaves.append(_leaf(path, "reversed", y, sign * back))
-        elif probe.whole:
-            kind = "not reversed" if _norm(y) else "none"
-            leaves.append(LeafReport(path, kind, *[math.nan] * 3))
-        elif is_reached:
-            leaves.append(_leaf(path, "plain", y, full[len(leaves)]))
-        else:
-            leaves.append(_leaf(path, "none", y, np.zeros_like(plain)))
-
+    flow = _Flow(probe, scales, grads)
     strength = math.nan
-    indices = [i for i, r in enumerate(reversed_) if r]
-    flow = math.hypot(*(_norm(arriving[i]) for i in indices))
-    ground = math.hypot(*map(_norm, full))
-    if in_loss:
-        if indices:
-            problems.append(
-                "the strength is applied twice: layer and loss. The features see "
-                "scale squared, and the discriminator starves while scale is small: "
-                "take it out of the loss"
-            )
-        else:
-            problems.append(
-                "`scale` weights the loss, and no layer applies it: the discriminator "
-                "starves while it is small. Pass it to the layer instead"
-            )
-    elif not indices:
-        problems.append(_why_not_reversed(probe, full, trained, reached))
-    elif flow <= 1e-6 * ground:
-        problems.append(
+    if flow.in_loss:
+        problems = [_strength_in_loss(flow)]
+    elif not any(flow.reversed):
+        problems = [_why_not_reversed(probe, flow)]
+    elif flow.silent:
+        problems = [
             "nothing comes back through the layer: the discriminator's output is "
             "constant, or does not depend on the features"
-        )
+        ]
     else:
-        several = {powers[i] for i in indices} - {1}
-        for power in sorted(several):
-            names = [probe.paths[i] for i in indices if powers[i] == power]
-            word = {2: "twice", 3: "three times or more"}[power]
-            problems.append(f"reversed {word}: {_list(names)}. One layer is enough")
-        if not several:
-            direction = [a * r for a, r in zip(arriving, reversed_, strict=True)]
-            pushed = sum(_dot(a, a) for a in direction)
-            slope = probe.slope(direction, excess=zero if probe.whole else None)
-            strength = -pushed / slope if slope else math.nan
-            # In a sum, a small domain gradient is lost in the label gradient.
-            lost = [abs(_dot(z, d)) for z, d in zip(zero, direction, strict=True)]
-            if sum(lost) > 10 * pushed:
-                strength = math.nan
-            if strength <= 0.5 or strength >= 2:
-                problems.append(
-                    f"the reversal is about {strength:.2g} times as strong as `scale` "
-                    "(or a stop_gradient changes the domain gradient): does anything "
-                    "multiply the scale, such as a schedule that ends too low?"
-                )
-        problems += _where(probe, reversed_, trained, reached, zero, arriving)
-    problems += _discriminator(probe, label, domain, logits, spread, reversed_, reached)
-    return _report(tuple(leaves), strength, spread, problems)
+        problems = flow.reversed_several_times()
+        if not problems:
+            strength = flow.strength()
+        if strength <= 0.5 or strength >= 2:
+            problems.append(
+                f"the reversal is about {strength:.2g} times as strong as `scale` (or "
+                "a stop_gradient changes the domain gradient): does anything multiply "
+                "the scale, such as a schedule that ends too low?"
+            )
+        problems += _where(flow)
+    problems += _discriminator(flow, label, domain, logits, spread)
+    return _report(flow.leaves(), strength, spread, problems)
 
 
 class _Probe:
@@ -270,6 +198,14 @@ class _Probe:
 
         self.evaluate = jax.jit(jax.value_and_grad(weighted, has_aux=True))
 
+    def _array(self, value: Any) -> jax.Array:
+        if not isinstance(value, jax.Array | np.ndarray | int | float | list):
+            raise TypeError(
+                "`loss` must return a scalar or (label_loss, domain_loss, "
+                f"domain_logits), each an array, got {value!r}."
+            )
+        return jnp.asarray(value)
+
     def _terms(self, returned: Any) -> tuple[Any, Any, Any]:
         """Returns label loss, domain loss and logits; a sum counts as the second."""
         if isinstance(returned, tuple | list):
@@ -278,11 +214,11 @@ class _Probe:
                     "`loss` must return a scalar or (label_loss, domain_loss, "
                     f"domain_logits), got a tuple of {len(returned)}."
                 )
-            label, domain, logits = map(jnp.asarray, returned)
+            label, domain, logits = map(self._array, returned)
             check_floating("domain_logits", logits)
         else:
             self.whole = True
-            label, domain, logits = jnp.zeros(()), jnp.asarray(returned), None
+            label, domain, logits = jnp.zeros(()), self._array(returned), None
         for name, value in {"label_loss": label, "domain_loss": domain}.items():
             name = "loss" if self.whole else name
             check_floating(name, value)
@@ -308,10 +244,6 @@ class _Probe:
         """Returns which leaves a nan in one of the three arrives at."""
         return [bool(np.isnan(g).any()) for g in self.gradients(scale, label, domain)]
 
-    def touched_by_scale(self) -> list[bool]:
-        """Returns which leaves the layer touches, zero gradients included."""
-        return self.touched(0.0, 1.0, scale=math.nan)
-
     def values(self, scale: float, point: Any = None) -> tuple[float, float, Any]:
         """Returns label loss, domain loss (or the sum) and the logits, if given."""
         label, domain, logits = self._call(scale, 0.0, 1.0, point)[0][1]
@@ -325,26 +257,175 @@ class _Probe:
     def slope(self, direction: list[np.ndarray], excess: Any = None) -> float:
         """Returns the true derivative of the domain loss along the direction.
 
-        Of a loss that is the sum, ``excess`` holds the label gradient to take off.
+        Of a loss that is the sum, ``excess`` holds the label gradient to take off. It
+        is nan where steps of two sizes disagree.
         """
         length = math.hypot(*map(_norm, direction))
         size = math.hypot(*(_norm(_wide(p)) for p in self.point)) or 1.0
         # About 1 % of the loss, but in reach of the linear, and above rounding.
-        step = min(0.01 * max(abs(self.values(1.0)[1]), 0.1) / length, 0.01 * size)
-        step /= length
-        up, down = (
-            self.values(1.0, self.moved(direction, s))[1] for s in (step, -step)
-        )
-        slope = (up - down) / (2 * step)
+        step = min(0.01 * abs(self.values(1.0)[1]) / length, 0.01 * size) / length
+        if not step:
+            return math.nan
+        slopes = []
+        for s in (step, step / 2):
+            up, down = (self.values(1.0, self.moved(direction, t))[1] for t in (s, -s))
+            slopes.append((up - down) / (2 * s))
         if excess is not None:
-            slope -= sum(_dot(e, d) for e, d in zip(excess, direction, strict=True))
-        return slope
+            own = sum(_dot(e, d) for e, d in zip(excess, direction, strict=True))
+            slopes = [slope - own for slope in slopes]
+        agree = abs(slopes[0] - slopes[1]) <= 0.2 * abs(slopes[1])
+        return slopes[1] if agree else math.nan
+
+
+class _Flow:
+    """Where the domain gradient goes, leaf by leaf.
+
+    Attributes:
+      in_loss: Whether the value of the loss depends on the scale.
+      reversed: Which leaves receive a gradient through the layer.
+      label_reversed: Whose label gradient depends on the scale.
+      trained: Which leaves the label loss trains, but for a weight penalty.
+      reached: Which leaves the domain loss reaches, but for a weight penalty.
+      silent: Whether what comes back through the layer is zero.
+      zero, full: The domain gradients at scale 0 and 1; of a sum, with the label's.
+      labels: The label gradients.
+    """
+
+    def __init__(
+        self, probe: _Probe, scales: np.ndarray, grads: list[list[np.ndarray]]
+    ):
+        self.probe = probe
+        self.zero, self.full = grads[0], grads[-1]
+        self.powers, self.parts = _powers(scales, grads, probe.point)
+        self.in_loss = not math.isfinite(sum(probe.values(math.nan)[:2]))
+        if self.in_loss:
+            # Then nan is everywhere, and the powers of the scale alone tell.
+            self.reversed = [power == 2 for power in self.powers]
+        else:
+            marked = probe.touched(label=0.0, domain=1.0, scale=math.nan)
+            pairs = zip(marked, self.powers, strict=True)
+            self.reversed = [mark or power > 0 for mark, power in pairs]
+        self.change = _minus(self.full, self.zero)
+        self.direction = [
+            c * r for c, r in zip(self.change, self.reversed, strict=True)
+        ]
+        ground = math.hypot(*map(_norm, self.full))
+        self.silent = math.hypot(*map(_norm, self.direction)) <= 1e-6 * ground
+        none = [False] * len(self.zero)
+        if probe.whole:
+            self.labels, self.reached, self.label_reversed = self.zero, none, none
+            self.trained = [bool(_norm(g)) for g in self.zero]
+            return
+        self.labels = probe.gradients(0.0, label=1.0, domain=0.0)
+        again = probe.gradients(1.0, label=1.0, domain=0.0)
+        self.label_reversed = [
+            _norm(a - b) > 1e-3 * _norm(a)
+            for a, b in zip(again, self.labels, strict=True)
+        ]
+        self.trained = self._but_for_penalties(
+            probe.touched(label=math.nan, domain=0.0), self.labels
+        )
+        self.reached = self._but_for_penalties(
+            probe.touched(label=0.0, domain=math.nan), self.full
+        )
+
+    def _but_for_penalties(
+        self, touched: list[bool], grads: list[np.ndarray]
+    ) -> list[bool]:
+        """Returns touched, without the leaves whose gradient is a multiple of them."""
+        rows = zip(touched, grads, self.probe.point, strict=True)
+        return [mark and not _is_penalty(g, _wide(p)) for mark, g, p in rows]
+
+    def leaves(self) -> tuple[LeafReport, ...]:
+        """Returns the rows of the table."""
+        rows = []
+        for i, (path, label) in enumerate(
+            zip(self.probe.paths, self.labels, strict=True)
+        ):
+            if self.reversed[i]:
+                twice = self.powers[i] == 2 and not self.in_loss
+                back = self.change[i] if twice else -self.change[i]
+                rows.append(_leaf(path, "reversed", label, back))
+            elif self.probe.whole:
+                kind = "not reversed" if _norm(label) else "none"
+                rows.append(LeafReport(path, kind, *[math.nan] * 3))
+            elif self.reached[i]:
+                rows.append(_leaf(path, "plain", label, self.full[i]))
+            else:
+                rows.append(_leaf(path, "none", label, np.zeros_like(label)))
+        return tuple(rows)
+
+    def strength(self) -> float:
+        """Returns the strength of the reversal over the scale; nan if none can tell."""
+        pushed = sum(_norm(d) ** 2 for d in self.direction)
+        excess = self.zero if self.probe.whole else None
+        # In a sum, a small domain gradient is lost in the label gradient.
+        pairs = zip(self.zero, self.direction, strict=True)
+        if self.probe.whole and sum(abs(_dot(z, d)) for z, d in pairs) > 10 * pushed:
+            return math.nan
+        slope = self.probe.slope(self.direction, excess)
+        return -pushed / slope if slope else math.nan
+
+    def reversed_several_times(self) -> list[str]:
+        """Returns a problem for each number of layers that is not one."""
+        problems = []
+        for power, word in {2: "twice", 3: "three times or more"}.items():
+            chosen = [
+                r and self._is_power(i, power) for i, r in enumerate(self.reversed)
+            ]
+            if not any(chosen):
+                continue
+            # A schedule in the loss bends the curve too, but keeps the sign.
+            own = [c * d for c, d in zip(chosen, self.direction, strict=True)]
+            excess = self.zero if self.probe.whole else None
+            if power == 2 and not self.probe.slope(own, excess) > 0:
+                continue
+            names = [p for p, c in zip(self.probe.paths, chosen, strict=True) if c]
+            problems.append(f"reversed {word}: {_list(names)}. One layer is enough")
+        return problems
+
+    def _is_power(self, i: int, power: int) -> bool:
+        norms = [_norm(part[i]) for part in self.parts]
+        rest = sum(norms) - norms[power - 1]
+        return self.powers[i] == power and rest < 0.1 * norms[power - 1]
+
+
+def _not_finite(
+    probe: _Probe, label: float, domain: float, grads: list[list[np.ndarray]]
+) -> str:
+    """Returns the verdict if a loss or a gradient is not finite, else nothing."""
+    what = "a gradient"
+    if not math.isfinite(label + domain):
+        what = "the loss" if probe.whole else "the domain loss"
+        what = what if math.isfinite(label) else "the label loss"
+    elif all(np.all(np.isfinite(g)) for point in grads for g in point):
+        return ""
+    return (
+        f"{what} is not finite, so that no more can be told: are the inputs? Is a "
+        "domain out of range for the logits?"
+    )
+
+
+def _strength_in_loss(flow: _Flow) -> str:
+    if any(flow.reversed):
+        return (
+            "the strength is applied twice: layer and loss. The features see scale "
+            "squared, and the discriminator starves while scale is small: take it out "
+            "of the loss"
+        )
+    return (
+        "`scale` weights the loss, and no layer applies it: the discriminator starves "
+        "while it is small. Pass it to the layer instead"
+    )
 
 
 def _powers(
     scales: np.ndarray, grads: list[list[np.ndarray]], point: list[jax.Array]
-) -> tuple[list[int], list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-    """Returns how often each leaf is reversed, and its gradient's powers of scale."""
+) -> tuple[list[int], list[list[np.ndarray]]]:
+    """Returns the power of the scale that leads in each leaf, and all three parts.
+
+    The power is 0 where the gradient does not depend on the scale.
+    """
     fit = np.linalg.inv(np.vander(scales, increasing=True))[1:]
     leaves = [np.stack(leaf) for leaf in zip(*grads, strict=True)]
     parts = [[np.tensordot(row, leaf, 1) for leaf in leaves] for row in fit]
@@ -355,14 +436,11 @@ def _powers(
         # What rounding leaves of a small gradient in a large one is no power.
         least = min(1e4 * float(jnp.finfo(value.dtype).eps), 0.5) * _norm(leaf[-1])
         least = max(least, 1e-5 * ground)
-        powers.append(1 + int(np.argmax(norms)) if max(norms) > least else 1)
-    once, twice, thrice = parts
-    return powers, once, twice, thrice
+        powers.append(1 + int(np.argmax(norms)) if max(norms) > least else 0)
+    return powers, parts
 
 
-def _why_not_reversed(
-    probe: _Probe, grads: list[np.ndarray], trained: list[bool], reached: list[bool]
-) -> str:
+def _why_not_reversed(probe: _Probe, flow: _Flow) -> str:
     """Returns the verdict where no gradient depends on the scale."""
     missing = "does the discriminator's input pass through the layer?"
     unused = "is `scale` passed on to the layer?"
@@ -372,43 +450,58 @@ def _why_not_reversed(
             f"no parameter is reversed by `scale`: {missing} Or {unused} Or {detached} "
             "A loss that returns the two losses and the domain logits tells which"
         )
-    shared = [t and r for t, r in zip(trained, reached, strict=True)]
-    flow = [g * s for g, s in zip(grads, shared, strict=True)]
-    if not any(map(_norm, flow)):
+    rows = zip(flow.full, flow.trained, flow.reached, strict=True)
+    shared = [g * (t and r) for g, t, r in rows]
+    if not any(map(_norm, shared)):
         return f"no parameter is reversed: {detached} Nothing comes back to them"
-    slope = probe.slope(flow)
-    if slope > 0:
+    slope = probe.slope(shared)
+    if not slope < 0:
         return f"no parameter is reversed: {missing} The gradient arrives as it is"
-    strength = -sum(_dot(g, g) for g in flow) / slope if slope else math.nan
+    strength = -sum(_norm(g) ** 2 for g in shared) / slope
     return (
         f"no parameter is reversed by `scale`: {unused} It has a strength of its own, "
         f"about {strength:.2g}"
     )
 
 
-def _where(
-    probe: _Probe,
-    reversed_: list[bool],
-    trained: list[bool],
-    reached: list[bool],
-    zero: list[np.ndarray],
-    arriving: list[np.ndarray],
-) -> list[str]:
+def _where(flow: _Flow) -> list[str]:
     """Returns what is wrong with the place of the layer."""
     problems = []
-    rows = list(zip(probe.paths, reversed_, trained, reached, strict=True))
+    probe = flow.probe
+    rows = list(
+        zip(probe.paths, flow.reversed, flow.trained, flow.reached, strict=True)
+    )
+    both = [path for path, r in zip(probe.paths, flow.label_reversed, strict=True) if r]
+    if both:
+        problems.append(
+            f"the label gradient is reversed too: {_list(both)}. The layer belongs in "
+            "front of the discriminator alone"
+        )
     behind = [path for path, r, t, _ in rows if r and not t]
     if behind and any(r and t for _, r, t, _ in rows):
         problems.append(
             f"reversed without a label gradient: {_list(behind)}. Is the layer behind "
-            "the discriminator, or inside it, instead of in front of it?"
+            "the discriminator, or inside it, instead of in front of it? (Parameters "
+            "that only the target uses show here too, and may be right.)"
         )
-    around = [path for path, r, t, d in rows if t and d and not r]
+    elif not probe.whole and not any(d and not r for _, r, _, d in rows):
+        problems.append(
+            "the domain loss trains no discriminator: no parameter receives its "
+            "gradient as it is. Are the discriminator's parameters detached, or absent?"
+        )
+    # Of a single number no gradient can be told from that of a weight penalty.
+    around = [
+        path
+        for (path, r, t, d), p in zip(rows, probe.point, strict=True)
+        if t and d and not r and p.size > 1
+    ]
     if not probe.whole:
         around += [
             path
-            for (path, r, *_), z, a in zip(rows, zero, arriving, strict=True)
-            if r and _norm(z) > 0.01 * _norm(a)
+            for (path, r, *_), z, c, p in zip(
+                rows, flow.zero, flow.change, probe.point, strict=True
+            )
+            if r and _norm(z) > 0.01 * _norm(c) and not _is_penalty(z, _wide(p))
         ]
     if around:
         problems.append(
@@ -419,16 +512,10 @@ def _where(
 
 
 def _discriminator(
-    probe: _Probe,
-    label: float,
-    domain: float,
-    logits: np.ndarray | None,
-    spread: float,
-    reversed_: list[bool],
-    reached: list[bool],
+    flow: _Flow, label: float, domain: float, logits: np.ndarray | None, spread: float
 ) -> list[str]:
     """Returns what is wrong with the domain loss and the domain logits."""
-    problems = []
+    probe, problems = flow.probe, []
     if label + domain < 0 if probe.whole else domain < 0:
         name = "loss" if probe.whole else "domain loss"
         problems.append(
@@ -437,17 +524,18 @@ def _discriminator(
         )
     if logits is None or not logits.size:
         return problems
-    if spread <= 1e-5 * max(1.0, float(np.max(np.abs(logits)))):
+    if spread <= 1e-6 * max(1.0, float(np.max(np.abs(logits)))):
         problems.append(
-            "the discriminator's output is constant: by construction, or it has died. "
-            "Look at its activations, and fit a fresh classifier of domains to the "
-            "features (jaxgrl.proxy_a_distance)"
+            "the discriminator's output is constant: by construction, because its last "
+            "layer is 0 still, or because it has died. Look at its activations, and "
+            "fit a fresh classifier of domains to the features "
+            "(jaxgrl.proxy_a_distance)"
         )
         return problems
     # Logits grow with the last layer; probabilities stay where they are.
     grown = [
         p * (1000 if d and not r else 1)
-        for p, d, r in zip(probe.point, reached, reversed_, strict=True)
+        for p, d, r in zip(probe.point, flow.reached, flow.reversed, strict=True)
     ]
     grown_logits = probe.values(1.0, grown)[2]
     if all(np.all((z >= 0) & (z <= 1)) for z in (logits, grown_logits)):
@@ -478,13 +566,15 @@ def _report(
 def _leaf(path: str, kind: str, label: np.ndarray, domain: np.ndarray) -> LeafReport:
     norms = _norm(label), _norm(domain)
     product = norms[0] * norms[1]
-    cosine = _dot(np.conj(label), domain) / product if product else math.nan
+    cosine = _dot(label, domain) / product if product else math.nan
     return LeafReport(path, kind, *norms, cosine)
 
 
 def _spread(logits: np.ndarray) -> float:
     """Returns the largest standard deviation of a logit over the batch."""
-    rows = logits.reshape(len(logits), -1) if logits.size else np.zeros((1, 1))
+    if not logits.ndim or not logits.size:
+        return math.nan
+    rows = logits.reshape(len(logits), -1)
     return float(np.max(np.std(rows, axis=0)))
 
 
@@ -511,4 +601,10 @@ def _norm(value: np.ndarray) -> float:
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.real(np.sum(a * b)))
+    return float(np.real(np.sum(a * np.conj(b))))
+
+
+def _is_penalty(grad: np.ndarray, value: np.ndarray) -> bool:
+    """Whether a gradient is a multiple of the parameter, as that of an L2 penalty."""
+    product = _norm(grad) * _norm(value)
+    return value.size > 1 and abs(_dot(grad, value)) > (1 - 1e-6) * product

@@ -109,7 +109,8 @@ class DANN(nn.Module):
           scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``; it
             may be traced. None takes that of the layer, 1.
           deterministic: Whether to leave the discriminator out; None takes the
-            attribute. ``init`` makes its parameters either way.
+            attribute. ``init`` makes its parameters either way. Static: under
+            ``nn.jit`` name it in ``static_argnames``, or set the attribute.
           **kwargs: Go to the feature extractor, ``train=True`` for example.
         """
         if deterministic is None:

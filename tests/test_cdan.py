@@ -117,6 +117,13 @@ def test_weights_pass_no_gradient_and_survive_what_is_masked():
     assert jnp.isfinite(value) and (grad == 0).all()
 
 
+def test_a_row_that_counts_and_is_nan_shows():
+    logits = jnp.array([[jnp.nan, 0.0], [1.0, 0.0], [0.0, 0.0]])
+    assert jnp.isnan(entropy_weights(logits)).all()
+    impossible = jnp.array([[-jnp.inf, 0.0], [0.0, 0.0]])  # a certain row: entropy 0
+    np.testing.assert_allclose(entropy_weights(impossible), [8 / 7, 6 / 7], rtol=1e-6)
+
+
 def test_no_row_that_counts_is_no_weight():
     assert entropy_weights(jnp.zeros((0, 3))).shape == (0,)
     nothing = entropy_weights(jnp.ones((2, 3)), where=jnp.zeros(2, bool))
@@ -174,7 +181,7 @@ def test_a_masked_weight_may_be_anything():
         (
             lambda: entropy_weights(jnp.ones(3)),
             ValueError,
-            r"`label_logits` must have shape \[batch, C\], got shape \(3,\)",
+            r"`label_logits` must have shape \[batch, C\] .*, got shape \(3,\)",
         ),
         (
             lambda: entropy_weights(jnp.ones((3, 2)), jnp.zeros(2, int)),

@@ -196,6 +196,17 @@ def test_features_and_outputs_of_any_shape():
     np.testing.assert_allclose(grad, -0.5 * 4 / 9 * jnp.ones((3, 9, 1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "classify, shown",
+    [(lambda f: f[:, :1], r"\(6, 1\)"), (lambda f: {"a": f}, "dict")],
+)
+def test_a_condition_needs_two_classes_or_more(classify, shown):
+    model = make_nnx(multilinear_map, 5)
+    model.label_classifier = classify
+    with pytest.raises(ValueError, match=f"with C 2 or more .* got {shown}"):
+        model(X)
+
+
 class RandomizedMap(nnx.Module):
     def __init__(self, key):
         self.matrices = nnx.Variable(multilinear_matrices(key, 5, 3, 11))

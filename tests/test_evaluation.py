@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +29,16 @@ def test_infomax_is_log_c_at_most_and_0_at_least():
     assert abs(information_maximization(certain[:1].repeat(4, axis=0))) < 1e-6
 
 
+def test_infomax_has_a_gradient_where_a_prediction_is_certain():
+    grad = jax.grad(information_maximization)
+    for logits in (120 * jnp.eye(2), jnp.array([[200.0, 0.0], [200.0, 0.0]])):
+        assert jnp.isfinite(grad(logits)).all()
+    logits = jnp.array([[0.3, -1.0], [2.0, 0.5], [-0.4, 0.1]])
+    step = 1e-2 * jnp.array([[1.0, 0.0], [0.5, -1.0], [0.0, 2.0]])
+    up, down = (information_maximization(logits + sign * step) for sign in (1, -1))
+    np.testing.assert_allclose(jnp.sum(grad(logits) * step), (up - down) / 2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_infomax_of_a_diverged_run_is_nan(bad):
     assert jnp.isnan(information_maximization(jnp.eye(3).at[0, 0].set(bad)))
@@ -37,7 +48,8 @@ def test_infomax_of_a_diverged_run_is_nan(bad):
     "logits, error, message",
     [
         (jnp.eye(3, dtype=int), TypeError, "`target_logits` must be floating, got int"),
-        (jnp.ones(3), ValueError, r"must be \[batch, C\] and not empty, got shape \(3"),
+        (jnp.ones(3), ValueError, r"must be \[batch, C\] with C 2 .*, got shape \(3"),
+        (jnp.ones((3, 1)), ValueError, r"with C 2 or more, .* got shape \(3, 1\)"),
         (jnp.ones((0, 3)), ValueError, r"not empty, got shape \(0, 3\)"),
     ],
 )
@@ -86,15 +98,27 @@ def test_trailing_axes_are_flattened_and_the_seed_repeats():
         (lambda: proxy_a_distance(np.ones(3), np.ones((3, 1))), "`source_features` mu"),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.full((9, 2), np.nan)),
-            "`target_features` must be .* finite, got shape .* with 18",
+            "`target_features` must be finite, .* got 18 values of 18",
         ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 3))),
-            "`target_features` must have as many features .*, got 3 and 2",
+            r"`target_features` must have the trailing axes .* \(9, 3\) beside \(9, 2",
         ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.ones((4, 2))),
-            "`folds` must be from 2 to .* 4, got 5",
+            "`folds` must be a whole number from 2 to .* 4, got 5",
+        ),
+        (
+            lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 2)), folds=5.0),  # pyright: ignore
+            "`folds` must be a whole number .* got 5.0",
+        ),
+        (
+            lambda: proxy_a_distance(np.ones((0, 2)), np.ones((9, 2))),
+            "`folds` must be .* 0, got 5",
+        ),
+        (
+            lambda: proxy_a_distance(np.full((9, 2), 1e200), np.ones((9, 2))),
+            "`source_features` must be finite, and below 1e150, got 18 values",
         ),
     ],
 )

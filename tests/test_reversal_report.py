@@ -135,6 +135,22 @@ MISTAKES = {
         "the discriminator's output is constant",
     ),
 }
+
+
+def both_heads(params, scale):
+    """The layer in front of the label classifier too."""
+    features = gradient_reversal(jax.nn.tanh(layer(params["features"], X)), scale)
+    label = label_loss(layer(params["classifier"], features[:BATCH]))
+    hidden = jax.nn.relu(layer(params["hidden"], features))
+    logits = layer(params["out"], hidden)
+    return label, domain_loss(logits, DOMAINS), logits
+
+
+def detached_discriminator(params, scale):
+    fixed = {k: jax.lax.stop_gradient(params[k]) for k in ("hidden", "out")}
+    return dann(params | fixed, scale)
+
+
 # What the sum of the losses cannot tell, but the two losses and the logits can.
 FINER = {
     "the loss is subtracted": (
@@ -144,6 +160,14 @@ FINER = {
     "probabilities for logits": (
         mistake(after=lambda z, s: jax.nn.sigmoid(z)),
         "are they probabilities",
+    ),
+    "the layer in front of both heads": (
+        both_heads,
+        "the label gradient is reversed too: features.bias, features.kernel",
+    ),
+    "a discriminator that nothing trains": (
+        detached_discriminator,
+        "the domain loss trains no discriminator",
     ),
     "a part that goes round the layer": (
         mistake(
@@ -221,11 +245,93 @@ def test_a_right_model_has_nothing_to_mend_by_the_sum_alone():
     assert "as far as the sum of the losses tells" in str(report)
 
 
-def test_a_loss_may_clip_the_scale():
-    def clipped(x, scale):
-        return gradient_reversal(x, jnp.clip(scale, 0.0, 1.0))
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda s: jnp.clip(s, 0.0, 1.0),
+        lambda s: 2 / (1 + jnp.exp(-10 * s)) - 1,  # a schedule of its own
+        jnp.sqrt,
+        lambda s: s**2,
+        lambda s: jnp.where(s > 0, s, 0.0),  # which a nan does not pass
+        lambda s: jax.lax.cond(s > 0, lambda: s, lambda: 0.0),
+    ],
+    ids=["clip", "schedule", "sqrt", "square", "where", "cond"],
+)
+@pytest.mark.parametrize("form", ["triple", "sum"])
+def test_a_loss_may_do_something_to_the_scale(function, form):
+    loss = mistake(before=lambda x, s: gradient_reversal(x, function(s)))
+    report = reversal_report(loss if form == "triple" else total(loss), make_params())
+    assert report.problems == ()
+    assert abs(report.strength - 1) < 0.05
 
-    check_kinds(reversal_report(mistake(before=clipped), make_params()))
+
+@pytest.mark.parametrize("where", ["label", "domain"])
+def test_a_weight_penalty_is_no_mistake(where):
+    def loss(params, scale):
+        label, domain, logits = dann(params, scale)
+        penalty = 0.01 * sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
+        if where == "label":
+            return label + penalty, domain, logits
+        return label, domain + penalty, logits
+
+    problems = reversal_report(loss, make_params()).problems
+    assert not any("passes the layer by" in p or "behind" in p for p in problems)
+
+
+@pytest.mark.parametrize("steps", [100, 1000])
+def test_a_discriminator_that_is_right_everywhere(steps):
+    # Apart by far, and trained without a reversal: the domain loss is next to 0.
+    shifted = X.at[BATCH:].add(3.0)
+
+    def loss(params, scale):
+        features = jax.nn.tanh(layer(params["features"], shifted))
+        hidden = jax.nn.relu(
+            layer(params["hidden"], gradient_reversal(features, scale))
+        )
+        logits = layer(params["out"], hidden)
+        label = label_loss(layer(params["classifier"], features[:BATCH]))
+        return label, domain_loss(logits, DOMAINS), logits
+
+    params = make_params()
+    for _ in range(steps):
+        grads = jax.grad(lambda p: sum(loss(p, 0.0)[:2]))(params)
+        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+    assert loss(params, 0.0)[1] < 0.1
+    assert reversal_report(loss, params).problems == ()
+
+
+def test_a_domain_specific_parameter_is_asked_about_and_no_more():
+    def loss(params, scale):
+        features = jax.nn.tanh(layer(params["features"], X))
+        shift = jnp.where(DOMAINS[:, None] == 1, params["target only"], 0)
+        label = label_loss(layer(params["classifier"], features[:BATCH]))
+        hidden = layer(params["hidden"], gradient_reversal(features + shift, scale))
+        logits = layer(params["out"], jax.nn.relu(hidden))
+        return label, domain_loss(logits, DOMAINS), logits
+
+    params = make_params() | {"target only": jnp.zeros((1, 8), jnp.float32)}
+    (found,) = reversal_report(loss, params).problems
+    assert "Parameters that only the target uses show here too" in found
+
+
+def test_complex_parameters():
+    def loss(params, scale):
+        z = gradient_reversal(params["features"] * X[:, 0].astype(jnp.complex64), scale)
+        logits = params["out"] * (z.real + 2 * z.imag)
+        label = jnp.mean(jnp.abs(params["features"] - 1) ** 2)
+        return label, domain_loss(logits, DOMAINS), logits
+
+    params = {"features": jnp.array(0.5 + 0.3j), "out": jnp.array(1.0)}
+    report = reversal_report(loss, params)
+    assert report.problems == () and abs(report.strength - 1) < 0.05
+
+
+def test_low_precision_losses_raise_no_alarm():
+    def low(params, scale):
+        label, domain, logits = dann(params, scale)
+        return label.astype(jnp.bfloat16), domain.astype(jnp.bfloat16), logits
+
+    assert reversal_report(low, make_params(jnp.bfloat16)).problems == ()
 
 
 def test_a_small_domain_gradient_beside_a_large_label_gradient():
@@ -345,6 +451,8 @@ def test_it_runs_where_nan_is_an_error():
     "loss, params, error, message",
     [
         (lambda p, s: (p, p), 1.0, TypeError, "`loss` must return a scalar or"),
+        (lambda p, s: (p, p, None), 1.0, TypeError, "each an array, got None"),
+        (lambda p, s: {"loss": p}, 1.0, TypeError, "each an array, got {'loss'"),
         (lambda p, s: 1, 1.0, TypeError, "`loss` must be floating, got int"),
         (lambda p, s: p, jnp.ones(2), ValueError, r"`loss` must be a scalar, got .*2"),
         (
