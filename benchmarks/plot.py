@@ -256,7 +256,7 @@ def draw_adaptation(data: dict[str, Any], path: pathlib.Path) -> None:
     left.invert_yaxis()
     left.set(title="Target accuracy, mean ± std over seeds", xlabel="%")
     left.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False)
     styles = ("*", "o", "s", "|")
     for row, marker in zip(lost, styles, strict=False):
         own = [(row[task], tasks.index(task)) for task in tasks if task in row]

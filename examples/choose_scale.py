@@ -229,7 +229,7 @@ def print_grid(scales, grid):
 
 def plot(scales, grid, angle, path):
     """Draws each criterion over the scale, with the true target accuracy beside it."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
     x = np.arange(len(scales))
     truth = 100 * np.array(grid["target accuracy"])
     for axis, name in zip(figure.subplots(1, 3), CRITERIA, strict=True):
@@ -245,7 +245,7 @@ def plot(scales, grid, angle, path):
         other.set_ylabel("target accuracy [%], not used", color="#D55E00")
         other.set_ylim(0, 100)
         regret = np.nanmax(truth.mean(axis=1)) - truth.mean(axis=1)[i]
-        axis.set_title(f"{name}: chooses {scales[i]:g}, loses {regret:.1f} points")
+        axis.set_title(f"{name}\nchooses {scales[i]:g}, loses {regret:.1f} points")
         axis.set_xticks(x, [f"{scale:g}" for scale in scales])
         axis.set_xlabel("scale")
         axis.grid(alpha=0.3)
