@@ -77,7 +77,8 @@ def test_guide_code_runs_and_its_report_finds_nothing_to_mend():
         for t in (promised, result.stdout)
     ]
     assert rows[0] == rows[1]
-    assert re.search(r"^scale (0\.3|1\.0|3\.0)$", result.stdout, re.M)
+    # Of the two scales that tie, as the guide says, rounding chooses.
+    assert re.search(r"^scale (1|3)\.0, seed \d$", result.stdout, re.M)
 
 
 def _table_rows(text):
