@@ -126,9 +126,9 @@ def make_model(method, key):
     return DANN(features, linear(128, 10), discriminator, condition=condition)
 
 
-# 3. The training: a chunk of steps of all seeds is one compiled call. Seed after seed, by
-#    lax.map, is faster on two cores than vmap; on a GPU take vmap. The scale is data, so
-#    source only and DANN share a compilation.
+# 3. The training: a chunk of steps of all seeds is one compiled call. On two cores one
+#    seed after another, by lax.map, is faster than vmap; on a GPU take vmap. The scale
+#    is data, so source only and DANN share a compilation.
 def make_train_chunk(graphdef, optimizer, steps):
     """Returns a function that trains every seed for CHUNK steps and evaluates it."""
     domains = jnp.repeat(jnp.array([0, 1]), BATCH)  # source 0, target 1

@@ -292,10 +292,11 @@ def test_a_discriminator_that_is_right_everywhere(steps):
         label = label_loss(layer(params["classifier"], features[:BATCH]))
         return label, domain_loss(logits, DOMAINS), logits
 
-    params = make_params()
-    for _ in range(steps):
+    def train_step(_, params):
         grads = jax.grad(lambda p: sum(loss(p, 0.0)[:2]))(params)
-        params = jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+        return jax.tree.map(lambda p, g: p - 0.5 * g, params, grads)
+
+    params = jax.lax.fori_loop(0, steps, train_step, make_params())
     assert loss(params, 0.0)[1] < 0.1
     assert reversal_report(loss, params).problems == ()
 
