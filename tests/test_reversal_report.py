@@ -322,7 +322,10 @@ def test_complex_parameters():
         label = jnp.mean(jnp.abs(params["features"] - 1) ** 2)
         return label, domain_loss(logits, DOMAINS), logits
 
-    params = {"features": jnp.array(0.5 + 0.3j), "out": jnp.array(1.0)}
+    params = {
+        "features": jnp.array(0.5 + 0.3j, jnp.complex64),
+        "out": jnp.array(1.0, jnp.float32),
+    }
     report = reversal_report(loss, params)
     assert report.problems == () and abs(report.strength - 1) < 0.05
 
