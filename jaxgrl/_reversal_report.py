@@ -50,7 +50,7 @@ class ReversalReport:
             )
         if not math.isnan(self.logit_spread):
             lines.append(f"spread of the domain logits: {self.logit_spread:.3g}")
-        fine = "reversed once, by `scale`: nothing to mend"
+        fine = "reversed once, by `scale`: nothing to mend in the reversal"
         if math.isnan(self.logit_spread):
             fine += ", as far as the sum of the losses tells"
         verdict = self.problems or (fine,)
@@ -131,7 +131,13 @@ def reversal_report(loss: Callable[[Any, Any], Any], params: Any) -> ReversalRep
         problems = flow.reversed_several_times()
         if not problems:
             strength = flow.strength()
-        if strength <= 0.5 or strength >= 2:
+        if strength < 0:
+            problems.append(
+                f"the gradient is not reversed: its strength is about {strength:.2g} x "
+                "`scale`. Is there a second layer (a DANN brings its own), or is the "
+                "scale negative?"
+            )
+        elif strength <= 0.5 or strength >= 2:
             problems.append(
                 f"the reversal is about {strength:.2g} times as strong as `scale` (or "
                 "a stop_gradient changes the domain gradient): does anything multiply "

@@ -122,6 +122,14 @@ MISTAKES = {
         mistake(before=lambda x, s: x, inside=gradient_reversal),
         "Is the layer behind the discriminator, or inside it",
     ),
+    "a second layer, of a strength of its own": (
+        mistake(before=lambda x, s: gradient_reversal(gradient_reversal(x, 0.5), s)),
+        "Is there a second layer",
+    ),
+    "a negative scale": (
+        mistake(before=lambda x, s: gradient_reversal(x, -s)),
+        "the gradient is not reversed: its strength is about -1 x `scale`",
+    ),
     "a schedule that ends at 0.46": (
         mistake(before=lambda x, s: gradient_reversal(x, 0.46 * s)),
         "about 0.46 times as strong as `scale`",

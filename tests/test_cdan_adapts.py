@@ -1,0 +1,89 @@
+"""Both maps of CDAN on data: digits, and the same rotated by 15 degrees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.ndimage
+import sklearn.datasets
+from flax import nnx
+
+from jaxgrl import (
+    domain_loss,
+    multilinear_map,
+    multilinear_matrices,
+    randomized_multilinear_map,
+)
+from jaxgrl.nnx import DANN
+
+STEPS, BATCH, WIDTH = 600, 32, 32
+
+
+def make_data():
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = np.float32(images / 16).reshape(-1, 8, 8)
+    turned = scipy.ndimage.rotate(images, 15, (2, 1), reshape=False, order=1)
+    source, target = images[:900].reshape(-1, 64), turned[900:].reshape(-1, 64)
+    return jnp.asarray(source), labels[:900], jnp.asarray(target), labels[900:]
+
+
+def target_accuracy(condition, seen, scale, key, data):
+    source, labels, target, target_labels = (jnp.asarray(a) for a in data)
+    rngs = nnx.Rngs(key)
+    model = DANN(
+        nnx.Sequential(nnx.Linear(64, WIDTH, rngs=rngs), nnx.relu),
+        nnx.Linear(WIDTH, 10, rngs=rngs),
+        nnx.Sequential(
+            nnx.Linear(seen, WIDTH, rngs=rngs),
+            nnx.relu,
+            nnx.Linear(WIDTH, 1, rngs=rngs),
+        ),
+        condition=condition,
+    )
+    graphdef, params = nnx.split(model)
+
+    def step(params, index):
+        keys = jax.random.split(jax.random.fold_in(key, index))
+        s = jax.random.randint(keys[0], (BATCH,), 0, len(source))
+        t = jax.random.randint(keys[1], (BATCH,), 0, len(target))
+
+        def loss(params):
+            x = jnp.concatenate([source[s], target[t]])
+            label_logits, domain_logits = nnx.merge(graphdef, params)(x, scale)
+            cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+            domains = jnp.repeat(jnp.array([0, 1]), BATCH)
+            label_loss = cross_entropy(label_logits[:BATCH], labels[s]).mean()
+            return label_loss + domain_loss(domain_logits, domains)
+
+        grads = jax.grad(loss)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), None
+
+    params, _ = jax.lax.scan(step, params, jnp.arange(STEPS))
+    logits = nnx.merge(graphdef, params)(target).label_logits
+    return jnp.mean(jnp.argmax(logits, axis=1) == target_labels)
+
+
+@pytest.mark.parametrize("name, seen", [("whole", WIDTH * 10), ("randomized", 256)])
+def test_cdan_is_above_source_only(name, seen):
+    matrices = multilinear_matrices(jax.random.key(9), WIDTH, 10, seen)
+
+    def randomized(features, probabilities):
+        return randomized_multilinear_map(features, probabilities, matrices)
+
+    condition = multilinear_map if name == "whole" else randomized
+    data, keys = make_data(), jax.vmap(jax.random.key)(jnp.arange(2))
+
+    @jax.jit
+    def gains(keys):
+        def accuracy(scale, key):
+            return target_accuracy(condition, seen, scale, key, data)
+
+        plain, adapted = (
+            jax.vmap(lambda key, s=s: accuracy(s, key))(keys)
+            for s in (jnp.float32(0), jnp.float32(1))
+        )
+        return adapted - plain
+
+    gained = np.asarray(gains(keys))
+    assert gained.min() > 0.05, gained
