@@ -17,7 +17,7 @@ from jaxgrl import (
 )
 from jaxgrl.nnx import DANN
 
-STEPS, BATCH, WIDTH = 600, 32, 32
+STEPS, BATCH, WIDTH = 1500, 32, 32
 
 
 def make_data():
@@ -72,7 +72,7 @@ def test_cdan_is_above_source_only(name, seen):
         return randomized_multilinear_map(features, probabilities, matrices)
 
     condition = multilinear_map if name == "whole" else randomized
-    data, keys = make_data(), jax.vmap(jax.random.key)(jnp.arange(2))
+    data, keys = make_data(), jax.vmap(jax.random.key)(jnp.arange(4))
 
     @jax.jit
     def gains(keys):
@@ -86,4 +86,4 @@ def test_cdan_is_above_source_only(name, seen):
         return adapted - plain
 
     gained = np.asarray(gains(keys))
-    assert gained.min() > 0.05, gained
+    assert gained.mean() > 0.1, gained
