@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import os
 import pathlib
 import subprocess
@@ -27,6 +28,14 @@ def run(script, *options):
     )
 
 
+def finished(script, *options, output):
+    """Returns what a script printed, the folder that it made, and its results."""
+    result = run(script, *options, "--output", output)
+    assert result.returncode == 0, result.stderr
+    (folder,) = output.iterdir()
+    return result.stdout, folder, json.loads((folder / "results.json").read_text())
+
+
 @functools.cache
 def load(script):
     """Returns a script as a module: another start of Python takes seconds."""
@@ -48,5 +57,5 @@ def refusal(script, *options, output):
         pytest.raises(SystemExit) as exit_,
     ):
         load(script).main()
-    assert exit_.value.code == 2 and not list(output.glob("*"))
+    assert exit_.value.code == 2 and not output.exists()
     return said.getvalue()

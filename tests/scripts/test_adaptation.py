@@ -2,8 +2,7 @@
 
 import json
 
-import pytest
-from run_script import load, run
+from run_script import run
 
 SCRIPT = "benchmarks/adaptation.py"
 FEW = ("--tasks", "breast cancer, mean -> worst cells", "--seeds", "2")
@@ -39,17 +38,11 @@ def test_finished_cells_are_kept_and_not_run_twice(tmp_path):
     accuracies = [[r["target accuracy"] for r in d["rows"][1:]] for d in (again, whole)]
     assert accuracies[0] == accuracies[1]  # the rest comes out the same
 
-    def go_on():
-        module = load(SCRIPT)
-        packages, settings = module.PACKAGES, {"seeds": 2}
-        module.report.Record(
-            "adaptation", tmp_path, packages=packages, settings=settings, resume=path
-        )
-
-    go_on()
-    path.write_text(json.dumps(again | {"settings": {"seeds": 3}}))
-    with pytest.raises(SystemExit, match="--resume must be a file with the same sett"):
-        go_on()
-    path.write_text('{"rows": []}')
-    with pytest.raises(SystemExit, match="--resume must be a file of results"):
-        go_on()
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(again | {"settings": {"seeds": 3}}))
+    refused = run(SCRIPT, *FEW, "--resume", other)
+    assert refused.returncode == 1
+    assert "--resume must be a file with the same settings" in refused.stderr
+    other.write_text('{"rows": []}')
+    refused = run(SCRIPT, *FEW, "--resume", other)
+    assert "--resume must be a file of results" in refused.stderr

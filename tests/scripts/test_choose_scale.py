@@ -1,12 +1,11 @@
 """The choice of the scale: its criteria by hand, and runs that diverge."""
 
-import json
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_script import load, run
+from run_script import finished, load
 
 SCRIPT = "examples/choose_scale.py"
 
@@ -50,15 +49,12 @@ def test_one_run_that_diverged_takes_its_scale_out(example):
 
 def test_a_short_run_shows_the_grid_its_choice_and_what_diverged(tmp_path, example):
     options = ("--scales", "0", "1", "1e30", "--seeds", "2", "--steps", "400")
-    result = run(SCRIPT, *options, "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
-    (chosen,) = [r for r in result.stdout.splitlines() if r.endswith("<- chosen")]
-    (broken,) = [r for r in result.stdout.splitlines() if "diverged: 2 of 2" in r]
+    printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
+    (chosen,) = [r for r in printed.splitlines() if r.endswith("<- chosen")]
+    (broken,) = [r for r in printed.splitlines() if "diverged: 2 of 2" in r]
     assert broken.split()[0] == "1e+30" and chosen.split()[0] in ("0", "1")
-    assert "one vmapped program" in result.stdout
-    (folder,) = tmp_path.iterdir()
+    assert "one vmapped program" in printed
     assert (folder / "choose_scale.png").stat().st_size > 10_000
-    results = json.loads((folder / "results.json").read_text())
     grid = {name: np.array(values) for name, values in results["grid"].items()}
     assert {values.shape for values in grid.values()} == {(3, 2)}
     assert np.isnan([values[2] for values in grid.values()]).all()

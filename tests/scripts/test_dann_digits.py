@@ -7,22 +7,20 @@ import sys
 import time
 
 import numpy as np
-from run_script import ROOT, run
+from run_script import ROOT, finished
 
 SCRIPT = "examples/dann_digits.py"
 
 
 def test_a_short_run_keeps_a_table_a_picture_and_numbers(tmp_path):
-    result = run(SCRIPT, "--steps", "400", "--seeds", "2", "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
+    options = ("--steps", "400", "--seeds", "2")
+    printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
     for text in ("source only", "DANN", "trained on target", "compile", "Kept in"):
-        assert text in result.stdout
-    (folder,) = tmp_path.iterdir()
+        assert text in printed
     assert sorted(p.name for p in folder.iterdir()) == [
         "dann_digits.png",
         "results.json",
     ]
-    results = json.loads((folder / "results.json").read_text())
     assert results["complete"] and results["arguments"]["seeds"] == 2
     methods = results["methods"]
     shape = (4, 2)  # evaluations, seeds

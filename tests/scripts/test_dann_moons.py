@@ -1,26 +1,22 @@
 """The example of the two moons: what it keeps."""
 
-import json
-
 import numpy as np
-from run_script import run
+from run_script import finished
 
 SCRIPT = "examples/dann_moons.py"
 
 
 def test_a_short_run_keeps_a_table_a_picture_a_film_and_numbers(tmp_path):
-    result = run(SCRIPT, "--steps", "1500", "--seeds", "4", "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
+    options = ("--steps", "1500", "--seeds", "4")
+    printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
     for text in ("source only", "DANN", "trained on target", "worst seed", "Kept in"):
-        assert text in result.stdout
-    (folder,) = tmp_path.iterdir()
+        assert text in printed
     assert sorted(p.name for p in folder.iterdir()) == [
         "dann_moons.gif",
         "dann_moons.png",
         "results.json",
     ]
     assert (folder / "dann_moons.gif").read_bytes().startswith(b"GIF89a")
-    results = json.loads((folder / "results.json").read_text())
     assert results["complete"] and results["arguments"]["seeds"] == 4
     methods = results["methods"]
     shape = (15, 4)  # evaluations, seeds

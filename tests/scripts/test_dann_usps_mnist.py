@@ -1,12 +1,11 @@
 """The example of USPS and MNIST: what it keeps."""
 
-import json
 import os
 import pathlib
 
 import numpy as np
 import pytest
-from run_script import run
+from run_script import finished
 
 SCRIPT = "examples/dann_usps_mnist.py"
 DATA = os.environ.get("JAXGRL_DATA")
@@ -17,17 +16,14 @@ DATA = os.environ.get("JAXGRL_DATA")
 )
 def test_a_short_run_keeps_a_table_a_picture_and_numbers(tmp_path):
     data = pathlib.Path(str(DATA), "MNIST_vs_USPS.mat")
-    options = ("--steps", "200", "--seeds", "1", "--output", tmp_path)
-    result = run(SCRIPT, "--data", data, *options)
-    assert result.returncode == 0, result.stderr
+    options = ("--data", data, "--steps", "200", "--seeds", "1")
+    printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
     for text in ("USPS -> MNIST", "transductive", "source only", "DANN", "Kept in"):
-        assert text in result.stdout
-    (folder,) = tmp_path.iterdir()
+        assert text in printed
     assert sorted(p.name for p in folder.iterdir()) == [
         "dann_usps_mnist.png",
         "results.json",
     ]
-    results = json.loads((folder / "results.json").read_text())
     assert results["complete"] and results["arguments"]["seeds"] == 1
     methods = results["methods"]
     assert list(methods) == ["source only", "DANN", "CDAN"]

@@ -1,19 +1,14 @@
 """Features that say less about a protected attribute: what the example keeps."""
 
-import json
-
 import numpy as np
-from run_script import run
+from run_script import finished
 
 SCRIPT = "examples/fair_diabetes.py"
 
 
 def test_the_reversal_takes_the_attribute_out_and_leaves_the_prediction(tmp_path):
-    result = run(SCRIPT, "--seeds", "6", "--output", tmp_path)
-    assert result.returncode == 0, result.stderr
-    (folder,) = tmp_path.iterdir()
+    _, folder, results = finished(SCRIPT, "--seeds", "6", output=tmp_path)
     assert (folder / "fair_diabetes.png").stat().st_size > 10_000
-    results = json.loads((folder / "results.json").read_text())
     values = np.array(results["values"])
     assert values.shape == (5, 6, 3)
     r2, distance, _ = values[results["scales"].index(1.0)].mean(axis=0)

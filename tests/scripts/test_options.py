@@ -33,7 +33,7 @@ ADAPTATION = "benchmarks/adaptation.py"
     ],
 )
 def test_a_wrong_value_is_refused(tmp_path, script, options, message):
-    assert message in refusal(script, *options.split(), output=tmp_path)
+    assert message in refusal(script, *options.split(), output=tmp_path / "kept")
 
 
 WRONG = {
