@@ -9,5 +9,11 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+# JAX 0.7.2 has it under another name.
+if not hasattr(jax, "enable_x64"):
+    from jax.experimental import enable_x64
+
+    jax.enable_x64 = enable_x64
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

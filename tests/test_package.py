@@ -102,9 +102,12 @@ def test_readme_table_of_failures_is_what_happens(tmp_path):
     assert len(promised) == len(found) >= 12
     for row, expected in zip(found, promised, strict=True):
         for cell, entries in zip(row, expected, strict=True):
-            newest_and_oldest = entries.split(" / ")
-            index = -1 if jax.__version_info__ < (0, 12) else 0
-            assert cell == newest_and_oldest[index], row
+            allowed = entries.split(" / ")  # on the newest JAX, on the oldest
+            if jax.__version_info__ >= (0, 12):
+                allowed = allowed[:1]
+            elif jax.__version_info__ < (0, 8):
+                allowed = allowed[-1:]
+            assert cell in allowed, row
 
 
 def test_optax_scale_gradient_takes_no_traced_scale_as_readme_says():
