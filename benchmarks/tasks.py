@@ -61,7 +61,7 @@ class Task:
 def sgd(learning_rate: float) -> Callable[[int], optax.GradientTransformation]:
     """Returns the optimizer of the paper: momentum 0.9, and mu_p as the rate."""
     return lambda steps: optax.sgd(
-        jaxgrl.dann_learning_rate(learning_rate, steps), momentum=0.9
+        jaxgrl.dann_learning_rate(learning_rate, transition_steps=steps), momentum=0.9
     )
 
 

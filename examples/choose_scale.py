@@ -118,7 +118,9 @@ def train(key, scale, source, labels, target, steps):
     )
     graphdef, params = nnx.split(model)
     schedule = jaxgrl.dann_schedule(steps, end_value=scale)
-    optimizer = optax.sgd(jaxgrl.dann_learning_rate(0.01, steps), momentum=0.9)
+    optimizer = optax.sgd(
+        jaxgrl.dann_learning_rate(0.01, transition_steps=steps), momentum=0.9
+    )
     domains = jnp.repeat(jnp.array([0, 1]), BATCH)
 
     def loss(params, step):

@@ -145,7 +145,9 @@ def train(args, seconds):
     # The ceiling is the same training with the target's images and labels as source.
     ceiling = data | {"source": data["target"], "source_labels": data["target_labels"]}
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
-    learning_rate = jaxgrl.dann_learning_rate(args.learning_rate, args.steps)
+    learning_rate = jaxgrl.dann_learning_rate(
+        args.learning_rate, transition_steps=args.steps
+    )
     optimizer = optax.sgd(learning_rate, momentum=0.9)
 
     @jax.vmap

@@ -179,7 +179,9 @@ def make_train_chunk(graphdef, optimizer, steps):
 def train(args, data):
     """Yields (method, step, metrics) after every chunk."""
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
-    optimizer = optax.sgd(jaxgrl.dann_learning_rate(RATE, args.steps), momentum=0.9)
+    optimizer = optax.sgd(
+        jaxgrl.dann_learning_rate(RATE, transition_steps=args.steps), momentum=0.9
+    )
     for methods in (METHODS[:2], METHODS[2:]):  # one network each
         make = functools.partial(make_model, methods[0])
         graphdef, params = nnx.split(nnx.vmap(make)(keys))

@@ -75,7 +75,9 @@ def train(scale, key, rows, patients, steps):
     schedule = jaxgrl.dann_schedule(steps, end_value=scale)
     optimizer = optax.chain(
         optax.add_decayed_weights(1e-2),
-        optax.sgd(jaxgrl.dann_learning_rate(0.05, steps), momentum=0.9),
+        optax.sgd(
+            jaxgrl.dann_learning_rate(0.05, transition_steps=steps), momentum=0.9
+        ),
     )
 
     def train_step(state, step):

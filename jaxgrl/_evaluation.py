@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from ._checks import check_floating
-from ._dtypes import at_least_float32
+from ._dtypes import at_least_float32, is_real
 
 
 class ProxyADistance(NamedTuple):
@@ -45,8 +45,11 @@ def proxy_a_distance(
       binomial, as if the held-out predictions were independent.
 
     Raises:
-      ImportError: If scikit-learn is missing.
-      ValueError: If an argument breaks its rule.
+      ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).
+      TypeError: If features are complex, strings or objects.
+      ValueError: If features have fewer than two axes, no column, other trailing axes
+        than those of the other domain, or a value that is not finite and below 1e150;
+        or if ``folds`` is not a whole number in its range.
 
     Example:
       >>> import numpy as np
@@ -69,7 +72,8 @@ def proxy_a_distance(
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError(
-            "jaxgrl.proxy_a_distance needs scikit-learn: pip install scikit-learn"
+            "`jaxgrl.proxy_a_distance` needs scikit-learn. Install it with: "
+            "pip install 'scikit-learn>=1.5.2'"
         ) from error
     source, target = (
         _checked_features(name, value)
@@ -107,11 +111,14 @@ def proxy_a_distance(
 def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
     """Returns features as float64, checked."""
     array = np.asarray(value)
-    if np.iscomplexobj(array):
-        raise TypeError(f"`{name}` must be real, got {array.dtype}.")
+    if not is_real(array.dtype):
+        raise TypeError(f"`{name}` must have a real dtype, got {array.dtype}.")
     array = array.astype(np.float64)
     if array.ndim < 2 or 0 in array.shape[1:]:
-        raise ValueError(f"`{name}` must be [examples, ...], got shape {array.shape}.")
+        raise ValueError(
+            f"`{name}` must be [examples, ...] with one column or more, got shape "
+            f"{array.shape}."
+        )
     # Squares of what is larger are not finite.
     bad = ~(np.abs(array) < 1e150)
     if bad.any():

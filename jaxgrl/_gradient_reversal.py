@@ -2,19 +2,27 @@
 
 import functools
 import numbers
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
-from ._dtypes import at_least_float32
+from ._dtypes import as_float, at_least_float32, is_real
 
 T = TypeVar("T")
 
-# A real number, an array of real numbers, or a pytree prefix of x with one per subtree.
-ScaleLike = Any
+
+class _HasJaxArray(Protocol):
+    def __jax_array__(self) -> Any: ...
+
+
+# A number, an array, an nnx.Variable, or a pytree prefix that holds them. Type checkers
+# let complex through: it is part of ArrayLike, which optax's schedules return.
+ScaleLike = ArrayLike | _HasJaxArray | Mapping[Any, Any] | list[Any] | tuple[Any, ...]
 _SCALE_RULE = (
     "`scale` must be a real number, an array of real numbers, or a pytree prefix of "
     "`x` that holds them"
@@ -59,8 +67,9 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
       TypeError: If ``scale`` is complex, None, a string, or neither a number, an array
         nor a pytree prefix of ``x``; or if a leaf of ``x`` has a floating dtype without
         a sign (float8_e8m0fnu), or is a mutable reference.
-      ValueError: If the shape of ``scale`` does not align with a reversed leaf, or if
-        on a mesh with Explicit axes the two are sharded differently.
+      ValueError: If ``scale`` is a number too large for a float, if its shape does not
+        align with a reversed leaf, or if on a mesh with Explicit axes the two are
+        sharded differently.
 
     Example:
       >>> import jax
@@ -103,10 +112,10 @@ def _as_real(scale: Any) -> Any:
     """Returns one scale, checked, as a float or an array."""
     if isinstance(scale, numbers.Real):
         # One Python type, so that 1, True and 1.0 share one trace.
-        return float(scale)
+        return as_float("scale", scale)
     dtype = getattr(scale, "dtype", None)
     is_array = hasattr(scale, "__array__") and not isinstance(scale, jax.Ref)
-    if is_array and _is_real(dtype):
+    if is_array and is_real(dtype):
         return scale
     shown = f"{dtype}{list(scale.shape)}" if is_array else repr(scale)
     raise TypeError(f"{_SCALE_RULE}, got {shown}.")
@@ -150,13 +159,6 @@ def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
 
 
 @functools.cache
-def _is_real(dtype: Any) -> bool:
-    return any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
-    )
-
-
-@functools.cache
 def _is_reversible(dtype: Any) -> bool:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return False
@@ -171,10 +173,9 @@ def _is_reversible(dtype: Any) -> bool:
 
 def _check_aligned(scale: Any, x: Any) -> None:
     """Raises ValueError unless scale aligns with x on leading axes."""
-    shape = jnp.shape(scale)
-    if not shape:
+    if not scale.ndim:
         return
-    x_shape = jnp.shape(x)
+    shape, x_shape = scale.shape, x.shape
     fits = len(shape) <= len(x_shape) and all(
         s == n or s == 1 for s, n in zip(shape, x_shape, strict=False)
     )
@@ -225,10 +226,11 @@ def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
     and its transpose sums where it must. Its index is an int because a one-case bool
     select has no transpose on JAX 0.10.
     """
-    index = lax.convert_element_type(scale, jnp.int32) * 0
+    index = lax.convert_element_type(scale, jnp.int32)
     if index.ndim:
         index = jnp.sum(index, dtype=jnp.int32)
-    return lax.select_n(index, x)
+    # Not earlier: jaxlib 0.7.2 keeps the all-reduce of a sum of zeros.
+    return lax.select_n(index * 0, x)
 
 
 def _product_dtype(x: jax.Array, scale: jax.Array) -> Any:

@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 try:
     from flax import linen as nn
 except ImportError as error:
-    raise ImportError("jaxgrl.linen needs Flax: pip install 'jaxgrl[flax]'") from error
+    raise ImportError(
+        "`jaxgrl.linen` needs Flax. Install it with: pip install 'flax>=0.12.0'"
+    ) from error
 
 from ._cdan import DANNOutput as DANNOutput
 from ._cdan import domain_features
@@ -41,7 +43,7 @@ class GradientReversal(nn.Module):
 
     scale: ScaleLike = 1.0
 
-    def __call__(self, x: T, scale: ScaleLike = None) -> T:
+    def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
         """Returns ``x``; see ``jaxgrl.gradient_reversal``.
 
         Args:
@@ -97,7 +99,7 @@ class DANN(nn.Module):
     def __call__(
         self,
         x: Any,
-        scale: ScaleLike = None,
+        scale: ScaleLike | None = None,
         *,
         deterministic: bool | None = None,
         **kwargs: Any,

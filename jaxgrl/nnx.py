@@ -6,7 +6,9 @@ from typing import Any, TypeVar
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("jaxgrl.nnx needs Flax: pip install 'jaxgrl[flax]'") from error
+    raise ImportError(
+        "`jaxgrl.nnx` needs Flax. Install it with: pip install 'flax>=0.12.0'"
+    ) from error
 
 from ._cdan import DANNOutput as DANNOutput
 from ._cdan import domain_features
@@ -50,7 +52,7 @@ class GradientReversal(nnx.Module):
     def __init__(self, scale: ScaleLike = 1.0):
         self.scale = scale
 
-    def __call__(self, x: T, scale: ScaleLike = None) -> T:
+    def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
         """Returns ``x``; see ``jaxgrl.gradient_reversal``.
 
         Args:
@@ -134,7 +136,7 @@ class DANN(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def __call__(self, x: Any, scale: ScaleLike = None) -> DANNOutput:
+    def __call__(self, x: Any, scale: ScaleLike | None = None) -> DANNOutput:
         """Returns the named tuple ``(label_logits, domain_logits)``.
 
         Args:

@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 from run_script import run
 
+pytestmark = pytest.mark.slow
 SCRIPT = "benchmarks/adaptation.py"
 FEW = ("--tasks", "breast cancer, mean -> worst cells", "--seeds", "2")
 

@@ -47,6 +47,7 @@ def test_one_run_that_diverged_takes_its_scale_out(example):
         example.choose({"InfoMax": np.full((3, 2), np.nan)}, "InfoMax")
 
 
+@pytest.mark.slow
 def test_a_short_run_shows_the_grid_its_choice_and_what_diverged(tmp_path, example):
     options = ("--scales", "0", "1", "1e30", "--seeds", "2", "--steps", "400")
     printed, folder, results = finished(SCRIPT, *options, output=tmp_path)

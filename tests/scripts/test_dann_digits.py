@@ -7,8 +7,10 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from run_script import ROOT, finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_digits.py"
 
 

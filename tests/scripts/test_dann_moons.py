@@ -1,8 +1,10 @@
 """The example of the two moons: what it keeps."""
 
 import numpy as np
+import pytest
 from run_script import finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_moons.py"
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from run_script import finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_usps_mnist.py"
 DATA = os.environ.get("JAXGRL_DATA")
 
