@@ -6,6 +6,7 @@ from ._cdan import multilinear_matrices as multilinear_matrices
 from ._cdan import randomized_multilinear_map as randomized_multilinear_map
 from ._domain_metrics import domain_accuracy as domain_accuracy
 from ._domain_metrics import domain_loss as domain_loss
+from ._domain_metrics import domain_weights as domain_weights
 from ._evaluation import ProxyADistance as ProxyADistance
 from ._evaluation import information_maximization as information_maximization
 from ._evaluation import proxy_a_distance as proxy_a_distance
