@@ -1,8 +1,8 @@
-"""What the discriminator sees: features alone, or (CDAN) with the predictions."""
+"""What CDAN adds to DANN: maps of features and predictions, and entropy weights."""
 
 import math
-from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +13,6 @@ from ._checks import check_floating
 from ._domain_metrics import members, of_own_domain, sum_by_domain
 from ._dtypes import at_least_float32
 from ._entropy import check_classes, entropy, log_probabilities
-
-
-class DANNOutput(NamedTuple):
-    """What a DANN returns: ``domain_logits`` is None in evaluation."""
-
-    label_logits: Any
-    domain_logits: Any
-
-
-def domain_features(
-    features: Any, label_logits: Any, condition: Callable[[Any, Any], Any] | None
-) -> Any:
-    """Returns what is to be reversed and given to the domain discriminator."""
-    if condition is None:
-        return features
-    if getattr(label_logits, "ndim", 0) < 2 or label_logits.shape[-1] < 2:
-        raise ValueError(
-            "the label classifier must return [batch, C] with C 2 or more where "
-            "`condition` is given, got "
-            f"{getattr(label_logits, 'shape', type(label_logits).__name__)}."
-        )
-    wide = label_logits.astype(at_least_float32(label_logits.dtype))
-    return condition(features, jax.lax.stop_gradient(jax.nn.softmax(wide)))
 
 
 def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:

@@ -55,8 +55,9 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
         reversing, and -1 is the plain identity. With 0, a gradient that is not finite
         arrives as nan, since ``0 * inf`` is nan.
       forward_mode: False leaves the pseudo-derivative to reverse mode, and forward mode
-        (``jvp``, ``jacfwd``, ``linearize``) raises JAX's TypeError about
-        ``custom_vjp``. True defines forward mode as ``-scale * tangent`` too.
+        (``jvp``, ``jacfwd``, ``linearize``) raises JAX's TypeError "can't apply
+        forward-mode autodiff (jvp) to a custom_vjp function." True defines forward mode
+        as ``-scale * tangent`` too.
 
     Returns:
       A pytree like ``x``, with the same values, shapes and dtypes. The gradient has the
@@ -148,14 +149,9 @@ def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
     if not isinstance(x, Tracer):
         # Nothing differentiates a value that no transformation is tracing.
         return leaf
-    try:
-        return _gradient_reversal(x, scale, forward_mode, isinstance(scale, Tracer))
-    except TypeError as error:
-        if "custom_vjp" in str(error):
-            error.add_note(
-                "gradient_reversal(..., forward_mode=True) defines forward mode."
-            )
-        raise
+    tied = isinstance(scale, Tracer)
+    # Where forward mode raises, JAX's traceback shows one of the lines that say why.
+    return _gradient_reversal(x, scale, forward_mode, tied)  # jvp: forward_mode=True
 
 
 @functools.cache
@@ -214,7 +210,9 @@ def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool)
     scale = lax.convert_element_type(scale, _product_dtype(x, scale))
     # Singleton axes, never a broadcast: a residual is no larger than scale.
     scale = lax.expand_dims(scale, range(scale.ndim, x.ndim)) if scale.ndim else scale
-    return _forward_rule(x, scale) if forward_mode else _reverse_rule(x, scale)
+    if forward_mode:
+        return _forward_rule(x, scale)
+    return _reverse_rule(x, scale)  # jvp, jacfwd, linearize: pass forward_mode=True
 
 
 def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
