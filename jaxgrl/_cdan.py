@@ -1,7 +1,7 @@
 """What CDAN adds to DANN: maps of features and predictions, and entropy weights."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
