@@ -40,10 +40,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import scipy.stats
-import tasks
 from flax import nnx
+from parts import report, tasks
 from tqdm import tqdm
 
 import jaxgrl
