@@ -3,6 +3,7 @@
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_script import load, run
@@ -15,6 +16,35 @@ FEW = ("--tasks", SGD, "--seeds", "2")
 @pytest.fixture(scope="module")
 def criteria():
     return load("benchmarks/criteria.py")
+
+
+def test_centroid_agreement_by_hand(criteria):
+    source = jnp.array([[0.0, 0.0], [0.0, 2.0], [4.0, 0.0], [4.0, 2.0]])
+    labels = jnp.array([0, 0, 1, 1])  # centroids (0, 1) and (4, 1)
+    target = jnp.array([[1.0, 9.0], [3.0, -9.0], [1.9, 1.0], [2.1, 1.0]])
+    logits = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert criteria.centroid_agreement(source, labels, target, logits) == 0.75
+    broken = logits.at[0, 0].set(jnp.nan)
+    assert jnp.isnan(criteria.centroid_agreement(source, labels, target, broken))
+    broken = target.at[0, 0].set(jnp.inf)
+    assert jnp.isnan(criteria.centroid_agreement(source, labels, broken, logits))
+
+
+def test_reverse_validation_by_hand(criteria):
+    target_logits = jnp.array([[2.0, 1.0], [0.0, 1.0]])
+    given = []
+
+    def fit(labels):
+        given.append(labels.tolist())
+        return lambda x: jnp.stack([-x, x], axis=1)  # class 1 where x > 0
+
+    inputs, labels = jnp.array([1.0, -1.0, 2.0, 3.0]), jnp.array([1, 0, 1, 0])
+    assert criteria.reverse_validation(fit, target_logits, inputs, labels) == 0.75
+    assert given == [[0, 1]]  # what the first network says, as labels
+    broken = inputs.at[0].set(jnp.inf)
+    assert jnp.isnan(criteria.reverse_validation(fit, target_logits, broken, labels))
+    broken = target_logits.at[0, 0].set(-jnp.inf)
+    assert jnp.isnan(criteria.reverse_validation(fit, broken, inputs, labels))
 
 
 def naive_nearest_to_one(scales, scores):
