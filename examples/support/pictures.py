@@ -247,42 +247,30 @@ def draw_usps_mnist(run: Run, sets: Any, names: Any) -> None:
     figure.savefig(run.folder / "dann_usps_mnist.png", dpi=100)
 
 
-def draw_choice(run: Run, criteria: Any, scales: Any, grid: Any, chosen: Any) -> None:
-    """Draws each criterion over the scale, with the true target accuracy beside it."""
-    figure = Figure(figsize=(4.2 * len(criteria), 4.8), layout="constrained")
+def draw_choice(run: Run, scales: Any, grid: Any, chosen: int) -> None:
+    """Draws InfoMax over the scale, with the true target accuracy below it."""
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
     x = np.arange(len(scales))
-    truth = 100 * np.array(grid["target accuracy"]).mean(axis=1)
-    handles = []
-    axes = np.ravel(figure.subplots(1, len(criteria)))
-    for axis, name in zip(axes, criteria, strict=True):
-        values, i = np.array(grid[name]), chosen[name]
-        dots = axis.plot(x, values, "o", color="#0072B2", alpha=0.35, ms=4, mew=0)
-        line = axis.plot(x, values.mean(axis=1), "-", color="#0072B2", lw=2)
-        star = axis.plot(
-            i, values.mean(axis=1)[i], "*", color="#0072B2", ms=18, mec="white"
-        )
-        unit = " [nats]" if name == "InfoMax" else ""
-        axis.set_ylabel(f"{name}{unit}", color="#0072B2")
-        other = axis.twinx()
-        dashed = other.plot(x, truth, "--", color="#D55E00", lw=2)
-        other.set_ylabel("target accuracy [%], not used", color="#D55E00")
-        other.set_ylim(0, 100)
-        lost = np.nanmax(truth) - truth[i]
-        axis.set_title(f"{name}\nchooses {scales[i]:g}, loses {lost:.1f} points")
-        axis.set_xticks(x, [f"{scale:g}" for scale in scales])
-        axis.set_xlabel("scale")
+    panels = {
+        above: (grid["InfoMax"], "#0072B2", "InfoMax [nats]"),
+        below: (100 * grid["target accuracy"], "#D55E00", "target accuracy [%]"),
+    }
+    for axis, (values, color, name) in panels.items():
+        each = np.repeat(x, values.shape[1]), values.ravel()
+        axis.plot(*each, "o", color=color, alpha=0.35, ms=4, mew=0, label="a run")
+        axis.plot(x, values.mean(axis=1), "-", color=color, lw=2, label="mean")
+        at = values.mean(axis=1)[chosen]
+        axis.plot(chosen, at, "*", color=color, ms=18, mec="white", label="chosen")
+        axis.set_ylabel(name)
+        axis.legend(loc="best", fontsize=8)
         axis.grid(visible=True, alpha=0.3)
-        handles = [dots[0], line[0], star[0], dashed[0]]
-    texts = (
-        "criterion, one run",
-        "criterion, mean over seeds",
-        "chosen scale",
-        "target accuracy, mean over seeds",
-    )
-    figure.legend(handles, texts, loc="outside lower center", ncols=4)
     angle = run.results["arguments"]["angle"]
-    figure.suptitle(f"Digits rotated by {angle:g} degrees")
-    figure.savefig(run.folder / "choose_scale.png", dpi=100)
+    above.set_title(f"(a) The criterion, digits rotated by {angle:g} degrees")
+    below.set_title("(b) The true accuracy, which the choice does not use")
+    below.set_xticks(x, [f"{scale:g}" for scale in scales])
+    below.set_xlabel("scale")
+    figure.savefig(run.folder / "choose_scale.png", dpi=110)
 
 
 def draw_fairness(run: Run, measures: Any, scales: Any, values: Any) -> None:
