@@ -117,14 +117,14 @@ class Run:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         """Marks the results complete, or says what an interruption leaves."""
+        if kind is None:
+            self.results["complete"] = True
+            self.results["seconds"]["in all"] = time.perf_counter() - self.start
+        self.save()
         if kind is KeyboardInterrupt:
             sys.exit(
                 f"Interrupted: {self.folder} has what was finished, marked incomplete"
             )
-        if kind is None:
-            self.results["complete"] = True
-            self.results["seconds"]["in all"] = time.perf_counter() - self.start
-            self.save()
 
     def follow(self, chunks: Iterable[Any], total: int, steps: int) -> None:
         """Shows a progress bar over (method, step, metrics), and saves each method."""

@@ -1,16 +1,7 @@
 """The saved results: how they are written, and that they hold what the pages say."""
 
-import argparse
-import json
-import math
-import pathlib
-import random
-import statistics
-import sys
 
-import numpy as np
-import pytest
-from run_script import ROOT, load
+from run_script import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 
