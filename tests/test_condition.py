@@ -11,6 +11,7 @@ import jaxgrl.linen
 import jaxgrl.nnx
 from jaxgrl import multilinear_map
 
+FRAMEWORKS = {"nnx": jaxgrl.nnx, "linen": jaxgrl.linen}
 FEATURES = np.array([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]], np.float32)
 
 
@@ -20,8 +21,7 @@ def identity(y):
 
 def predictions_of(label_logits, framework="nnx", features=FEATURES, **kwargs):
     """Returns what a network with these label logits gives to its condition."""
-    DANN = {"nnx": jaxgrl.nnx, "linen": jaxgrl.linen}[framework].DANN
-    model = DANN(
+    model = FRAMEWORKS[framework].DANN(
         identity,
         lambda features: label_logits,
         identity,
@@ -45,7 +45,7 @@ Z = np.array([[0.3, -1.2, 2.0], [5.0, 0.0, -0.7]], np.float32)
 MAP = np.stack([Z, -Z, Z * 2, Z * 0.5], axis=1)  # [2, 4, 3]: a label per position
 
 
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("logits", [Z, MAP], ids=["rows", "map"])
 @pytest.mark.parametrize(
     "kwargs, expected",
@@ -77,14 +77,13 @@ def test_all_labels_on_and_all_off_are_told_apart():
     np.testing.assert_allclose(third, np.full((2, 3), 1 / 3), rtol=1e-6)
 
 
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_box_regression_shows_where_the_box_is(framework):
     boxes = np.array([[10.0, 20.0, 30.0, 40.0], [1.0, 2.0, 3.0, 4.0]], np.float32)
     weights = np.arange(12, dtype=np.float32)
 
     def domain_logits(boxes):
-        DANN = {"nnx": jaxgrl.nnx, "linen": jaxgrl.linen}[framework].DANN
-        model = DANN(
+        model = FRAMEWORKS[framework].DANN(
             identity,
             lambda features: boxes,
             lambda seen: seen @ weights,
@@ -128,7 +127,7 @@ def test_a_binary_head_conditions_the_features_on_both_classes():
 
 @pytest.mark.parametrize("activation", [jax.nn.softmax, jax.nn.sigmoid, identity])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_predictions_are_float32_for_logits_of_16_bits(activation, dtype, framework):
     logits = jnp.asarray(Z, dtype)
     found = predictions_of(logits, framework, activation=activation)
@@ -185,7 +184,7 @@ def test_rows_under_vmap_are_the_batch():
         ((np.ones((6, 2)),) * 2, jax.nn.sigmoid, "C 1 or more .* got tuple"),
     ],
 )
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_head_that_does_not_fit_is_told_what_to_use(
     logits, activation, shown, framework
 ):
