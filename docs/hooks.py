@@ -8,7 +8,7 @@ or, for a picture, a copy.
 """
 
 import html
-import json
+import importlib.util
 import pathlib
 import re
 from typing import Any
@@ -19,7 +19,6 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 OUTSIDE = re.compile(r"(\]\()((?:\.\./)+)([^)#\s]+)")
 PICTURES = {".gif", ".png", ".svg"}
 # The public names of the package, and of jaxgrl.nnx for names that Linen shares.
@@ -131,31 +130,31 @@ HEADERS = {
 }
 
 
-def _correctness() -> tuple[list[str], dict[tuple[str, str], dict[str, Any]]]:
-    """Returns the JAX versions and, for each situation, what each implementation did."""
-    (path,) = RESULTS.glob("correctness-*.json")
-    data = json.loads(path.read_text())
-    versions = [f"jax {v['jax']}" for v in (data["versions"], *data["beside"])]
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in data["rows"]:
-        situation = cells.setdefault((row["group"], row["situation"]), {})
-        situation[row["implementation"]] = [row[version] for version in versions]
-    return versions, cells
+def _correctness() -> tuple[list[str], list[dict[str, Any]]]:
+    """Returns the implementations, and the saved rows with a list in every cell."""
+    path = ROOT / "benchmarks" / "parts" / "results.py"
+    spec = importlib.util.spec_from_file_location("results", path)
+    assert spec and spec.loader
+    results = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(results)
+    rows = results.newest(ROOT / "benchmarks" / "results", "correctness")["rows"]
+    names = [name for name in rows[0] if name not in ("group", "situation")]
+    for row in rows:
+        for name in names:
+            # The newest JAX, then the others; one entry where they are equal.
+            row[name] = row[name] if isinstance(row[name], list) else [row[name]] * 2
+    return names, rows
 
 
 def _counts() -> str:
     """Returns how often each implementation is right, wrong or an error, as a table."""
-    _, cells = _correctness()
-    verdicts = ("right", "wrong", "error")
+    names, rows = _correctness()
     lines = ["| implementation | right | silently wrong | error |", "| --- " * 4 + "|"]
-    for name in next(iter(cells.values())):
-        each = [row[name] for (group, _), row in cells.items() if group != LIMITS]
+    for name in names:
+        each = [row[name] for row in rows if row["group"] != LIMITS]
         counts = [
-            " / ".join(
-                str(sum(cell[version]["verdict"] == verdict for cell in each))
-                for version in range(len(each[0]))
-            )
-            for verdict in verdicts
+            " / ".join(str(sum(c.startswith(v) for c in cells)) for cells in zip(*each))
+            for v in ("right", "wrong", "error")
         ]
         lines.append(f"| {HEADERS.get(name, name)} | {' | '.join(counts)} |")
     return "\n".join(lines)
@@ -163,31 +162,25 @@ def _counts() -> str:
 
 def _matrix() -> str:
     """Returns every cell of the saved comparison as a sortable table."""
-    _, cells = _correctness()
-    names = list(next(iter(cells.values())))
+    names, rows = _correctness()
     titles = ["#", "situation", *(HEADERS.get(name, name) for name in names)]
     lines = ['<div class="matrix" tabindex="0"><table class="sortable"><thead><tr>']
     lines += [f"<th>{title}</th>" for title in titles]
     lines.append("</tr></thead><tbody>")
-    for number, ((group, situation), row) in enumerate(cells.items(), 1):
-        lines.append(f"<tr><td>{number}</td><td>{html.escape(situation)}")
-        lines.append(f"<small>{html.escape(group)}</small></td>")
+    for number, row in enumerate(rows, 1):
+        situation, group = (html.escape(row[k]) for k in ("situation", "group"))
+        lines.append(f"<tr><td>{number}</td><td>{situation}<small>{group}</small></td>")
         lines += [_cell(row[name]) for name in names]
         lines.append("</tr>")
     return "".join([*lines, "</tbody></table></div>"])
 
 
-def _cell(versions: list[dict[str, str]]) -> str:
-    """Returns one cell: the newest JAX, and the oldest where it differs in kind."""
-    shown = [_shown(version) for version in versions]
-    verdicts = {version["verdict"] for version in versions}
-    text = " / ".join(shown if len(verdicts) > 1 else shown[:1])
-    title = html.escape(versions[0]["text"])
-    return f'<td class="{versions[0]["verdict"]}" title="{title}">{text}</td>'
-
-
-def _shown(cell: dict[str, str]) -> str:
-    if cell["verdict"] == "wrong":
-        return f"wrong: {html.escape(cell['text'])}"
-    error = cell["text"].split(":")[0].removesuffix("Error")
-    return f"{html.escape(error)}<wbr>Error" if cell["verdict"] == "error" else "right"
+def _cell(results: list[str]) -> str:
+    """Returns a cell: the newest JAX, and the oldest too where its verdict differs."""
+    verdicts = [result.split(":")[0] for result in results]
+    shown = results if len(set(verdicts)) > 1 else results[:1]
+    # Of an error its type; the message appears where the pointer rests.
+    texts = [r.split(": ")[1] if r.startswith("error") else r for r in shown]
+    text = " / ".join(html.escape(t).replace("Error", "<wbr>Error") for t in texts)
+    title = html.escape(results[0])
+    return f'<td class="{verdicts[0]}" title="{title}">{text}</td>'

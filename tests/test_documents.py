@@ -27,9 +27,7 @@ WITHOUT_CODE = {
 }
 SLOW = {"docs/tutorial.md"}  # it trains
 LANGUAGES = {"python", "sh", "text"}
-FENCED = re.compile(
-    r"^( *)```(?P<language>[^\n]*)\n(?P<code>.*?)^\1```$", re.S | re.M
-)
+FENCED = re.compile(r"^( *)```(?P<language>[^\n]*)\n(?P<code>.*?)^\1```$", re.S | re.M)
 PROMISE = re.compile(r"^ *print\(.*\)  # (.*)$")
 
 
@@ -122,7 +120,9 @@ def test_every_block_names_a_language_that_says_whether_it_runs(page):
 def _anchors(path):
     headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text()), re.M)
     # As Python-Markdown and GitHub write them, for the headings that we have.
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+    return {
+        re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings
+    }
 
 
 @pytest.mark.parametrize("page", _every(PAGES))
