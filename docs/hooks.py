@@ -97,7 +97,7 @@ class Docstrings(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """Returns a docstring in which literal blocks, examples and sources are Markdown."""
+    """Returns a docstring with literal blocks, examples and sources as Markdown."""
     text = re.sub(r"::$", ":", text, flags=re.M)
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
     text, *references = re.split(r"^References:\n", text, flags=re.M)
@@ -153,7 +153,10 @@ def _counts() -> str:
     for name in names:
         each = [row[name] for row in rows if row["group"] != LIMITS]
         counts = [
-            " / ".join(str(sum(c.startswith(v) for c in cells)) for cells in zip(*each))
+            " / ".join(
+                str(sum(c.startswith(v) for c in cells))
+                for cells in zip(*each, strict=True)
+            )
             for v in ("right", "wrong", "error")
         ]
         lines.append(f"| {HEADERS.get(name, name)} | {' | '.join(counts)} |")
