@@ -49,7 +49,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files):
+def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     """Turns links out of docs/ into links within the site, and fills in the matrix."""
     depth = page.file.src_uri.count("/") + 1
 
@@ -67,6 +67,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = "".join(parts)
     markdown = markdown.replace("<!-- correctness counts -->", _counts())
     return markdown.replace("<!-- correctness matrix -->", _matrix())
+
+
+def on_page_content(html: str, **kwargs: Any) -> str:
+    """Makes each picture a link to itself: on a phone one must be able to enlarge it."""
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 
 def with_links(markdown: str, ticks: str) -> str:

@@ -140,6 +140,8 @@ def test_links_to_files_and_headings_are_alive(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert target.is_relative_to(ROOT), link
+        if target.suffix in {".gif", ".png"}:
+            assert target.stat().st_size <= 300_000, link
         if anchor and target.suffix == ".md":
             assert anchor in _anchors(target), link
 
