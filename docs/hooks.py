@@ -69,9 +69,9 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
     return markdown.replace("<!-- correctness matrix -->", _matrix())
 
 
-def on_page_content(html: str, **kwargs: Any) -> str:
-    """Makes each picture a link to itself: on a phone one must be able to enlarge it."""
-    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
+def on_page_content(content: str, **kwargs: Any) -> str:
+    """Makes each picture a link to itself, so that it can be enlarged on a phone."""
+    return re.sub(r'<img [^>]*src="([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', content)
 
 
 def with_links(markdown: str, ticks: str) -> str:
