@@ -209,10 +209,11 @@ def test_a_condition_needs_two_classes_or_more(classify, shown):
 
 class RandomizedMap(nnx.Module):
     def __init__(self, key):
-        self.matrices = nnx.Variable(multilinear_matrices(key, 5, 3, 11))
+        both = multilinear_matrices(key, 5, 3, 11)
+        self.of_features, self.of_classes = map(nnx.Variable, both)
 
     def __call__(self, features, probabilities):
-        matrices = self.matrices.get_value()
+        matrices = self.of_features[...], self.of_classes[...]
         return randomized_multilinear_map(features, probabilities, matrices)
 
 

@@ -1,8 +1,6 @@
 """The numbers that judge a trained network without target labels."""
 
 import math
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +90,52 @@ def test_trailing_axes_are_flattened_and_the_seed_repeats():
     assert proxy_a_distance(jnp.ones((9, 2)), 5 * jnp.ones((9, 2))).distance == 2
 
 
+def test_folds_go_from_2_to_the_examples_of_the_smaller_domain():
+    source, target = RNG.normal(size=(4, 2)), 9 + RNG.normal(size=(6, 2))
+    for folds in (2, 4):
+        assert proxy_a_distance(source, target, folds=folds).distance == 2
+    for folds in (1, 5):
+        with pytest.raises(ValueError, match=f"from 2 to .* 4, got {folds}"):
+            proxy_a_distance(source, target, folds=folds)
+
+
+@pytest.mark.parametrize(
+    "dtype, shown",
+    [(np.complex64, "complex64"), (object, "object"), (str, "<U"), ("S1", r"\|S1")],
+)
+def test_features_that_are_not_real_are_refused_by_name(dtype, shown):
+    real, other = np.ones((9, 2)), np.ones((9, 2)).astype(int).astype(dtype)
+    rule = "` must have a real dtype, got " + shown
+    with pytest.raises(TypeError, match="`source_features" + rule):
+        proxy_a_distance(other, real)
+    with pytest.raises(TypeError, match="`target_features" + rule):
+        proxy_a_distance(real, other)
+
+
+def test_a_number_beyond_all_floats_is_no_feature():
+    with pytest.raises(TypeError, match="`target_features` must have a real dtype"):
+        proxy_a_distance(np.ones((9, 2)), [[10**400, 1]] * 9)  # pyright: ignore
+
+
+def test_features_may_have_any_real_dtype():
+    source = jnp.arange(18).reshape(9, 2) % 2
+    for dtype in (bool, np.uint8, jnp.bfloat16, np.float16):
+        found = proxy_a_distance(source.astype(dtype), jnp.ones((9, 2), dtype))
+        assert found == proxy_a_distance(np.asarray(source, float), np.ones((9, 2)))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda: proxy_a_distance(np.ones(3), np.ones((3, 1))), "`source_features` mu"),
+        (
+            lambda: proxy_a_distance(np.ones((9, 0)), np.ones((9, 0))),
+            r"`source_features` must be .* one column or more, got shape \(9, 0\)",
+        ),
+        (
+            lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 2, 0))),
+            r"`target_features` must be .* one column or more, got shape \(9, 2, 0\)",
+        ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.full((9, 2), np.nan)),
             "`target_features` must be finite, .* got 18 values of 18",
@@ -125,15 +165,3 @@ def test_trailing_axes_are_flattened_and_the_seed_repeats():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_without_scikit_learn_it_says_what_to_install():
-    code = (
-        "import sys; sys.modules['sklearn'] = None; import numpy, jaxgrl; "
-        "jaxgrl.proxy_a_distance(numpy.ones((9, 2)), numpy.ones((9, 2)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert "needs scikit-learn: pip install scikit-learn" in result.stderr

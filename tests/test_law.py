@@ -6,6 +6,7 @@ The oracle is ordinary autodiff of the same function without the layer.
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -4,12 +4,15 @@ import importlib.metadata
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import jax
 import optax
 import pytest
 
 import jaxgrl
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _run(code, *options):
@@ -33,11 +36,33 @@ def test_the_test_above_can_fail(name):
     assert result.returncode == 1 and "AssertionError" in result.stderr
 
 
-@pytest.mark.parametrize("name", ["nnx", "linen"])
-def test_without_flax_the_layers_say_what_to_install(name):
-    result = _run(f"import sys; sys.modules['flax'] = None; import jaxgrl.{name}")
+PROXY = "import numpy, jaxgrl; jaxgrl.proxy_a_distance(*numpy.ones((2, 9, 2)))"
+
+
+@pytest.mark.parametrize(
+    "code, extra, module",
+    [
+        ("import jaxgrl.nnx", "flax", "flax"),
+        ("import jaxgrl.linen", "flax", "flax"),
+        (PROXY, "evaluation", "sklearn"),
+    ],
+)
+def test_what_is_missing_is_named_with_a_command_that_installs_it(code, extra, module):
+    result = _run(f"import sys; sys.modules['{module}'] = None; {code}")
     assert result.returncode == 1
-    assert f"jaxgrl.{name} needs Flax: pip install 'jaxgrl[flax]'" in result.stderr
+    *_, error = result.stderr.splitlines()
+    found = re.fullmatch(
+        r"ImportError: `jaxgrl\.\w+` needs .*\. Install it with: pip install '(.*)'",
+        error,
+    )
+    # The missing package itself: "jaxgrl[extra]" asks an index for jaxgrl, and
+    # ".[extra]" works in a clone only.
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert found and project["optional-dependencies"][extra] == [found[1]]
+
+
+def test_types_that_users_annotate_with_are_public():
+    assert jaxgrl.ScaleLike and jaxgrl.ProxyADistance.__name__ == "ProxyADistance"
 
 
 def test_version_is_that_of_the_distribution():

@@ -293,6 +293,9 @@ def test_limit_jet_gives_the_term_without_the_reversal():
     if getattr(jax.config, "jax_custom_jvp3", False):
         with pytest.raises(KeyError):  # JAX's future rules make it an error
             first_term()
+    elif jax.__version_info__ < (0, 10):
+        with pytest.raises(TypeError, match="symbolic_zeros"):  # of any custom_vjp
+            first_term()
     else:
         np.testing.assert_allclose(first_term(), np.cos(1.0), rtol=1e-6)
 
