@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,10 +16,8 @@ import jaxgrl
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def _run(code, *options):
-    return subprocess.run(
-        [sys.executable, *options, "-c", code], capture_output=True, text=True
-    )
+def _run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 FLAX_IS_ABSENT = (
