@@ -13,6 +13,9 @@ from ._evaluation import information_maximization as information_maximization
 from ._evaluation import proxy_a_distance as proxy_a_distance
 from ._gradient_reversal import ScaleLike as ScaleLike
 from ._gradient_reversal import gradient_reversal as gradient_reversal
+from ._reversal_report import Finding as Finding
+from ._reversal_report import LeafReport as LeafReport
+from ._reversal_report import ReversalReport as ReversalReport
 from ._reversal_report import reversal_report as reversal_report
 from ._schedules import dann_learning_rate as dann_learning_rate
 from ._schedules import dann_schedule as dann_schedule

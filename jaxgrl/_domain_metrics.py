@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
@@ -213,19 +214,16 @@ def members(
     codes = jnp.asarray(domains)
     check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
     mask = checked_mask(where, shape)
-    # Not of `codes`: inside jit even a constant is traced once it is an array.
-    if not isinstance(domains, Tracer) and not isinstance(where, Tracer):
-        with jax.ensure_compile_time_eval():
-            counted = jnp.asarray(domains).astype(jnp.int32)
-            if where is not None:
-                counted = jnp.where(jnp.asarray(where), counted, 0)
-            if counted.size and not 0 <= counted.min() <= counted.max() < num_domains:
-                raise ValueError(
-                    f"`domains` must lie in 0 to {num_domains - 1} for "
-                    f"`num_domains={num_domains}`, got {counted.min()} to "
-                    f"{counted.max()}. Pass a larger `num_domains`, or mask with "
-                    "`where` what is padded."
-                )
+    # In NumPy, since under a trace even a constant becomes a tracer.
+    if _is_readable(domains) and _is_readable(where):
+        counted = np.asarray(domains)
+        counted = counted if where is None else np.where(where, counted, 0)
+        if counted.size and not 0 <= counted.min() <= counted.max() < num_domains:
+            raise ValueError(
+                f"`domains` must lie in 0 to {num_domains - 1} for "
+                f"`num_domains={num_domains}`, got {counted.min()} to {counted.max()}. "
+                "Pass a larger `num_domains`, or mask padding with `where`."
+            )
     codes = jnp.broadcast_to(codes.astype(jnp.int32), shape)
     member = jax.nn.one_hot(codes, num_domains, dtype=bool)
     return member & mask[..., None], mask
@@ -256,7 +254,17 @@ def _row_weights(
 
 
 def _over_devices(value: Any, axis_name: Hashable | None) -> Any:
-    return value if axis_name is None else jax.lax.psum(value, axis_name)
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # One by one: psum refuses several axes if the value varies only over some.
+    for name in names if axis_name is not None else ():
+        value = jax.lax.psum(value, name)
+    return value
+
+
+def _is_readable(value: Any) -> bool:
+    return not isinstance(value, Tracer) and getattr(
+        value, "is_fully_addressable", True
+    )
 
 
 def _checked(
