@@ -59,11 +59,9 @@ def print_overheads(folder: pathlib.Path) -> None:
         moved = sum(
             g["jaxgrl"]["collectives"] != g["by hand"]["collectives"] for g in gradients
         )
-        cells = [
-            data["machine"]["device"].removesuffix(" compiled"),
-            data["versions"]["jax"],
-            len(gradients),
-        ]
+        device = data["machine"]["device"].removesuffix(" compiled")
+        device = device.replace("tpu tpu", "tpu")
+        cells = [device, data["versions"]["jax"], len(gradients)]
         cells += ["equal" if not differ else f"{differ} counts differ"]
         cells += ["no worse" if data["holds"] else f"{len(data['failures'])} worse"]
         cells += ["the same" if not moved else f"{moved} differ"]
