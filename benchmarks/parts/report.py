@@ -179,7 +179,7 @@ class Record:
     def close(self, claim: str | None, failures: Iterable[str]) -> int:
         """Saves and prints the verdict; returns the exit status that it deserves.
 
-        A claim of None was not judged.
+        A claim of None is not judged.
         """
         failures = list(failures)
         holds = None if claim is None and not failures else not failures
@@ -196,7 +196,7 @@ class Record:
         if failures:
             print("The claim does not hold:", *failures, sep="\n")
         elif claim is None:
-            print("The claim was not judged: too little was measured.")
+            print("No claim was judged.")
         else:
             print(f"The claim holds: {claim}")
         return int(bool(failures))

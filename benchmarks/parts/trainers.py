@@ -296,7 +296,7 @@ def make_scan(task: Task, loss: Callable[..., Any]) -> tuple[Any, Any]:
 
     import jaxgrl
 
-    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, task.steps)
+    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, transition_steps=task.steps)
     optimizer = optax.sgd(rates, momentum=MOMENTUM)
     inputs, labels = jnp.array(digits()["inputs"]), jnp.array(digits()["labels"])
 
@@ -424,7 +424,7 @@ def looped(cached: bool, task: Task) -> Trainer:
 
     import jaxgrl
 
-    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, task.steps)
+    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, transition_steps=task.steps)
     optimizer = optax.sgd(rates, momentum=MOMENTUM)
     inputs, labels = jnp.array(digits()["inputs"]), jnp.array(digits()["labels"])
 

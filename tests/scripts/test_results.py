@@ -196,7 +196,9 @@ def test_the_counts_of_right_cells_are_those_of_the_saved_results(newest):
         ]
         kinds = [[cell.partition(":")[0] for cell in each] for each in cells]
         shown = [
-            " / ".join(str(sum(k[i] == kind for k in kinds)) for i in range(len(versions)))
+            " / ".join(
+                str(sum(k[i] == kind for k in kinds)) for i in range(len(versions))
+            )
             for kind in ("right", "wrong", "error")
         ]
         assert f"| {' | '.join(shown)} |" in DOCUMENT
