@@ -3,6 +3,7 @@
     python benchmarks/adaptation.py --data PATH/MNIST_vs_USPS.mat   # all tasks
     python benchmarks/adaptation.py                                 # without that file
     python benchmarks/adaptation.py --resume runs/adaptation-....json
+    python benchmarks/adaptation.py --tasks AdamW --with results/adaptation-....json
 
 Ten tasks, six methods, 5 to 20 seeds, by what a run takes. A seed is a split of the
 data, an initialisation and an order of minibatches, the same for every method:
@@ -10,30 +11,43 @@ differences are paired.
 
     source only        scale 0
     DANN               scale 1
-    DANN, chosen       the scale that the default criterion chooses, by its mean over
-                       the seeds, among 0, 0.03, 0.1, 0.3, 1 and 3
+    DANN, chosen       the scale that the default rule chooses, among 0, 0.03, 0.1, 0.3,
+                       1 and 3
     CDAN, CDAN+E       scale 1
     trained on target  the ceiling: scale 0, with the target's labels
 
-The claims: DANN or CDAN is above source only, with a 95 % interval clear of zero, on at
-least five tasks; and choosing the scale by the default criterion, InfoMax, loses at
-most 2 points of target accuracy against the best fixed scale in the mean over the
-tasks, and 5 at worst. The table of criteria compares it with the others, and with
-taking the same scale always.
+They train with the paper's SGD. The nine that adapt to a target are run again with
+AdamW at 0.003 and 0.001, where only DANN over the scales is run, and judged by InfoMax
+and source accuracy: no CDAN, no reverse validation, no ceiling.
 
-InfoMax is the default because it lost least on the first seven tasks with seeds 0 to 4.
-The seeds here start at 10.
+Three rules choose a scale, over all 27 rows:
+
+    InfoMax                the best mean of InfoMax over the seeds
+    InfoMax, nearest to 1  among the scales that are not clearly worse than that, by one
+                           standard error of the difference paired by seed, the one
+                           nearest to 1; parts/criteria.py has the definition
+    always 1               the paper's
+
+The claims: DANN or CDAN is above source only, with a 95 % interval clear of zero, on at
+least five of the ten tasks; and the scale that the default rule chooses loses at most
+0.5 points of target accuracy against the best fixed scale in the mean over the 27 rows,
+and 3 at worst. The default is the rule that loses least at worst.
+
+InfoMax is the criterion because it lost least on the first seven tasks with SGD, with
+seeds 0 to 4. The seeds here start at 10.
 
 Target labels train the ceiling and score; nothing else reads them. An interrupted run
-keeps its finished cells, and --resume does not run them again.
+keeps its finished cells, and --resume does not run them again. --with reads the rows of
+a finished file for the tables, and does not run their cells; both files together are
+the result, each with its command, machine and versions.
 """
 
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
@@ -42,13 +56,10 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from flax import nnx
-from parts import report, tasks
+from parts import criteria, report, tasks
 from tqdm import tqdm
 
 import jaxgrl
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-import choose_scale  # the criteria, as the example has them
 
 FIRST_SEED = 10
 SCALES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -61,7 +72,13 @@ METHODS = (
     "trained on target",
 )
 CRITERIA = ("InfoMax", "centroid agreement", "reverse validation", "source accuracy")
-DEFAULT = CRITERIA[0]
+# Each rule that chooses: its criterion, and how it reads the scores.
+RULES = {name: (name, criteria.best) for name in CRITERIA} | {
+    "InfoMax, nearest to 1": ("InfoMax", criteria.nearest_to_one)
+}
+DEFAULT = "InfoMax"
+MEAN, WORST = 0.5, 3.0  # what the default may lose, in points
+SOURCE = ("command", "date", "machine", "versions")
 PACKAGES = (*report.PACKAGES, "scikit-learn", "scipy", "h5py")
 
 
@@ -152,6 +169,12 @@ def run(task: tasks.Task, method: str, key: Any, scale: Any, data: Any) -> Any:
     source_features, _ = predict(source_x)
     target_features, target_logits = predict(jnp.concatenate(targets))
     valid_x, valid_y = data["valid"]
+    found |= {
+        "InfoMax": jaxgrl.information_maximization(target_logits),
+        "source accuracy": accuracy(predict(valid_x)[1], valid_y),
+    }
+    if task.scales_only:
+        return found
 
     def fit(pseudo_labels: Any) -> Any:
         sizes = np.cumsum([len(x) for x in targets])[:-1]
@@ -161,14 +184,12 @@ def run(task: tasks.Task, method: str, key: Any, scale: Any, data: Any) -> Any:
         return lambda x: reverse(x)[1]
 
     return found | {
-        "InfoMax": jaxgrl.information_maximization(target_logits),
-        "centroid agreement": choose_scale.centroid_agreement(
+        "centroid agreement": criteria.centroid_agreement(
             source_features, source_y, target_features, target_logits
         ),
-        "reverse validation": choose_scale.reverse_validation(
+        "reverse validation": criteria.reverse_validation(
             fit, target_logits, valid_x, valid_y
         ),
-        "source accuracy": accuracy(predict(valid_x)[1], valid_y),
     }
 
 
@@ -235,23 +256,20 @@ def per_seed(rows: list[report.Row], task: str, method: str, scale: float) -> An
     return 100 * np.array([r["target accuracy"] for r in chosen])
 
 
-def choose(rows: list[report.Row], task: str, criterion: str) -> float:
-    """Returns the scale with the best mean of a criterion over the seeds.
-
-    Raises ValueError if all diverged. A nan makes the mean nan: such a scale is out.
-    """
-    means = {
-        scale: np.mean(
-            [r[criterion] for r in dann_rows(rows, task) if r["scale"] == scale]
-        )
-        for scale in SCALES
-    }
-    return max((s for s in SCALES if np.isfinite(means[s])), key=lambda s: means[s])
+def scores(rows: list[report.Row], task: str, criterion: str) -> Any:
+    """Returns a criterion, [scales, seeds]; None where it was not measured."""
+    own = [r for r in rows if r["task"] == task and r["method"] == "DANN"]
+    if any(criterion not in r for r in own):
+        return None
+    own.sort(key=lambda r: (r["scale"], r["seed"]))
+    return np.reshape([r[criterion] for r in own], (len(SCALES), -1))
 
 
-def dann_rows(rows: list[report.Row], task: str) -> list[report.Row]:
-    """Returns the rows of the grid of scales."""
-    return [r for r in rows if r["task"] == task and r["method"] == "DANN"]
+def choose(rows: list[report.Row], task: str, rule: str) -> float | None:
+    """Returns the scale that a rule chooses; None where it cannot be applied."""
+    criterion, pick = RULES[rule]
+    found = scores(rows, task, criterion)
+    return None if found is None else SCALES[pick(SCALES, found)]
 
 
 def summary(rows: list[report.Row], task: tasks.Task) -> list[report.Row]:
@@ -265,6 +283,8 @@ def summary(rows: list[report.Row], task: tasks.Task) -> list[report.Row]:
     table = []
     for method in METHODS:
         if method == "DANN, chosen" and task.generalisation:
+            continue
+        if task.scales_only and method not in cells:
             continue
         values = per_seed(rows, task.name, *cells.get(method, (method, 1.0)))
         row: report.Row = {"task": task.name, "method": method}
@@ -280,26 +300,39 @@ def summary(rows: list[report.Row], task: tasks.Task) -> list[report.Row]:
     return table
 
 
-def regrets(rows: list[report.Row], names: list[str]) -> list[report.Row]:
-    """Returns what each criterion loses against the best fixed scale, per task."""
+def regrets(rows: list[report.Row], chosen: list[tasks.Task]) -> list[report.Row]:
+    """Returns what each rule loses against the best fixed scale: a row for each task.
 
-    def lost(name: str, scale: float) -> float:
-        means = {s: per_seed(rows, name, "DANN", s).mean() for s in SCALES}
-        if not np.isfinite(means[scale]):
-            return float("inf")
-        return float(np.nanmax(list(means.values())) - means[scale])
-
+    The mean and the worst over the tasks with SGD, with AdamW, and over all follow, for
+    the rules that were measured on all of them.
+    """
     table = []
-    for criterion in CRITERIA:
-        row: report.Row = {"criterion": criterion}
-        row |= {name: lost(name, choose(rows, name, criterion)) for name in names}
-        table.append(row)
-    table += [
-        {"criterion": f"always {s:g}"} | {n: lost(n, s) for n in names} for s in SCALES
-    ]
-    for row in table:
-        values = [row[name] for name in names]
-        row |= {"mean": float(np.mean(values)), "worst": max(values)}
+    for task in chosen:
+        means = {s: per_seed(rows, task.name, "DANN", s).mean() for s in SCALES}
+        top = max(mean for mean in means.values() if np.isfinite(mean))
+        lost = {  # everything, if a run diverged
+            scale: float(top - mean) if np.isfinite(mean) else math.inf
+            for scale, mean in means.items()
+        }
+        row: report.Row = {"task": task.name}
+        for rule in RULES:
+            scale = choose(rows, task.name, rule)
+            if scale is not None:
+                row |= {rule: lost[scale], f"scale by {rule}": scale}
+        table.append(row | {f"always {s:g}": lost[s] for s in SCALES})
+    groups = {
+        "SGD": [not task.scales_only for task in chosen],
+        "AdamW": [task.scales_only for task in chosen],
+        "all": [True] * len(chosen),
+    }
+    for group, members in groups.items():
+        own = [row for row, member in zip(table, members, strict=False) if member]
+        for label, reduce in (("mean", np.mean), ("worst", np.max)) if own else ():
+            row = {"task": f"{group}: {label}"}
+            for rule in (*RULES, *(f"always {s:g}" for s in SCALES)):
+                if all(rule in r for r in own):
+                    row[rule] = float(reduce([r[rule] for r in own]))
+            table.append(row)
     return table
 
 
@@ -311,14 +344,33 @@ def parse_args() -> Any:
     add("--seeds", type=int, help="of every task, 2 or more (default: 5, 10 or 20)")
     add("--tasks", default="", help="only tasks whose name contains this")
     add("--resume", type=pathlib.Path, help="a file of results to go on with")
+    add(
+        "--with",
+        type=pathlib.Path,
+        dest="other",
+        help="a file of finished results whose rows the tables show too",
+    )
     args = parser.parse_args()
     if args.seeds is not None and args.seeds < 2:
         parser.error(f"--seeds must be 2 or more, got {args.seeds}")
-    for option in ("data", "resume"):
-        path = getattr(args, option)
+    for option, path in zip(
+        ("data", "resume", "with"), (args.data, args.resume, args.other), strict=True
+    ):
         if path is not None and not path.is_file():
             parser.error(f"--{option} must be a file, got {path}")
-    args.chosen = [t for t in tasks.make_tasks(args.data) if args.tasks in t.name]
+    args.joined = []
+    if args.other:
+        try:
+            other = json.loads(args.other.read_text())
+            args.joined, args.source = other["rows"], {k: other[k] for k in SOURCE}
+        except (ValueError, KeyError, TypeError) as error:
+            parser.error(
+                f"--with must be a file of results, got {args.other}: {error!r}"
+            )
+    every = tasks.make_tasks(args.data)
+    joined = {row["task"] for row in args.joined}
+    args.also = [task for task in every if task.name in joined]
+    args.chosen = [t for t in every if args.tasks in t.name and t.name not in joined]
     if args.seeds:
         args.chosen = [
             dataclasses.replace(task, seeds=args.seeds) for task in args.chosen
@@ -332,7 +384,6 @@ def main() -> int:
     """Runs what is missing, keeps each cell, prints the tables; returns the status."""
     args = parse_args()
     jax.config.update("jax_num_cpu_devices", os.cpu_count())  # a device a core
-    names = [task.name for task in args.chosen]
     settings = {"seeds": args.seeds}
     record = report.Record(
         "adaptation",
@@ -341,10 +392,13 @@ def main() -> int:
         settings=settings,
         resume=args.resume,
     )
+    if args.joined:
+        record.data["with"] = {"file": args.other.name} | args.source
     cells = [
         (task, method)
         for task in args.chosen
         for method in ("DANN", "CDAN", "CDAN+E", "trained on target")
+        if method == "DANN" or not task.scales_only
     ]
     done = {(row["task"], row["method"]) for row in record.rows}
     with tqdm(cells, unit="cell", disable=None) as bar:
@@ -354,35 +408,35 @@ def main() -> int:
                 record.rows.extend(run_cell(task, method))
                 record.save()
 
-    tables = [row for task in args.chosen for row in summary(record.rows, task)]
+    shown, rows = [*args.also, *args.chosen], [*args.joined, *record.rows]
+    tables = [row for task in shown for row in summary(rows, task)]
     report.print_table(tables, ("task", "method", "mean", "std", "gain", "low", "high"))
-    for task in args.chosen:
+    for task in shown:
         notes = [task.remark, f"reported: {task.reported}" if task.reported else ""]
         if any(notes):
             print(f"{task.name}: {'; '.join(filter(None, notes))}")
     print()
-    adapting = [task.name for task in args.chosen if not task.generalisation]
-    lost = regrets(record.rows, adapting) if adapting else []
-    report.print_table(lost, ("criterion", *adapting, "mean", "worst"))
+    lost = regrets(rows, [task for task in shown if not task.generalisation])
+    always = [f"always {scale:g}" for scale in SCALES]
+    report.print_table(lost, ("task", *RULES, *always))
     record.data |= {"summary": tables, "regret": lost}
-    adapted = {
+
+    paper = {task.name for task in shown if not task.scales_only}
+    adapted = paper & {
         row["task"]
         for row in tables
         if row["method"].startswith(("DANN", "CDAN")) and row["low"] > 0
     }
     failures = []
-    if len(adapted) < min(5, len(names)):
-        failures.append(f"adaptation is clear on {len(adapted)} of {len(names)} tasks")
-    claim = f"adaptation on {len(adapted)} of {len(names)} tasks"
+    if len(adapted) < min(5, len(paper)):
+        failures.append(f"adaptation is clear on {len(adapted)} of {len(paper)} tasks")
+    claim = f"adaptation on {len(adapted)} of {len(paper)} tasks"
     if lost:
-        mean, worst = lost[0]["mean"], lost[0]["worst"]
-        claim += (
-            f"; {DEFAULT} loses {mean:.1f} points in the mean, {worst:.1f} at worst"
-        )
-        if mean > 2 or worst > 5:
-            failures.append(
-                f"{DEFAULT} loses {mean:.1f} points in the mean, {worst:.1f} at worst"
-            )
+        mean, worst = (row[DEFAULT] for row in lost[-2:])
+        loss = f"{DEFAULT} loses {mean:.1f} points in the mean, {worst:.1f} at worst"
+        claim += f"; {loss}"
+        if mean > MEAN or worst > WORST:
+            failures.append(loss)
     return record.close(claim, failures)
 
 

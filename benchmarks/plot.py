@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from parts import counts, pictures
+from parts.counts import FORWARD
 from parts.pictures import BLUE as GOOD
 from parts.pictures import GREY, INK, PURPLE
 from parts.pictures import ORANGE as WORSE
@@ -30,10 +31,11 @@ EXAMPLE = ("conv + attention", "bfloat16", "per example")
 def machine_line(data: dict[str, Any]) -> str:
     """Returns where and when the numbers of a picture were measured."""
     machine, versions = data["machine"], data["versions"]
-    return (
+    line = (
         f"{data['command']} · {machine['processor']}, {machine['cores']} cores · "
         f"Python {versions['python']}, jax {versions['jax']} · {data['date'][:10]}"
     )
+    return f"{line}\n{machine_line(data['with'])}" if "with" in data else line
 
 
 def save(figure: Figure, data: dict[str, Any], path: pathlib.Path) -> None:
@@ -47,21 +49,23 @@ def print_overheads(folder: pathlib.Path) -> None:
 
     The counts are of one program, jaxgrl / by hand.
     """
-    header = ("device", "jax", "programs", "forward", "gradient", "collectives")
-    columns = [column for column in counts.FORWARD if column != "copies"]
-    print(f"\n| {' | '.join([*header, *columns])} |")
+    columns = {
+        "ops": "operations",
+        "fusions": "fusions",
+        "temp bytes": "temporary bytes",
+    }
+    header = ("device", "programs", "forward", "gradient", "collectives")
+    print(f"\n| {' | '.join([*header, *columns.values()])} |")
     print("| --- " * (len(header) + len(columns)) + "|")
     for data in whole(folder, "overhead"):
         programs = [counts.from_row(row) for row in data["rows"]]
         forwards = [parts["forward"] for _, parts in programs]
         gradients = [parts["gradient"] for _, parts in programs]
-        differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in columns)
+        differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in FORWARD)
         moved = sum(
             g["jaxgrl"]["collectives"] != g["by hand"]["collectives"] for g in gradients
         )
-        device = data["machine"]["device"].removesuffix(" compiled")
-        device = device.replace("tpu tpu", "tpu")
-        cells = [device, data["versions"]["jax"], len(gradients)]
+        cells = [device_name(data), len(gradients)]
         cells += ["equal" if not differ else f"{differ} counts differ"]
         cells += ["no worse" if data["holds"] else f"{len(data['failures'])} worse"]
         cells += ["the same" if not moved else f"{moved} differ"]
@@ -71,9 +75,15 @@ def print_overheads(folder: pathlib.Path) -> None:
             if (case["program"], case["dtype"], case["scale"]) == EXAMPLE
         )
         for column in columns:
-            pair = [example[layer][column] for layer in ("jaxgrl", "by hand")]
-            cells.append("not given" if None in pair else " / ".join(map(str, pair)))
+            cells.append(f"{example['jaxgrl'][column]} / {example['by hand'][column]}")
         print(f"| {' | '.join(map(str, cells))} |")
+
+
+def device_name(data: dict[str, Any]) -> str:
+    """Returns the device of some results as the documents name it."""
+    name = data["machine"]["device"].removesuffix(" compiled")
+    name = name.replace("tpu tpu", "TPU ").replace("tpu", "TPU")
+    return name if name.startswith("TPU") else name.upper()
 
 
 def kind_of(ours: counts.Counts, limit: counts.Counts) -> str:
@@ -82,7 +92,7 @@ def kind_of(ours: counts.Counts, limit: counts.Counts) -> str:
         return "does not run"
     if ours["same bits"] is False:
         return "other bits"
-    more = any(ours[c] > limit[c] for c in counts.FORWARD)
+    more = any(ours[c] > limit[c] for c in FORWARD)
     return (
         "same bits, more work or memory" if more else "same bits, no more of anything"
     )
@@ -177,48 +187,75 @@ def draw_training(data: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def draw_adaptation(data: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws target accuracy of every method on every task, and what criteria lose."""
-    summary, lost = data["summary"], data["regret"]
-    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    """Draws target accuracy of every method with SGD, and what each rule loses."""
     looks = {
         "source only": ("0.5", "o"),
         "DANN": (GOOD, "s"),
         "DANN, chosen": (GOOD, "*"),
         "CDAN": (WORSE, "^"),
         "CDAN+E": (WORSE, "v"),
-        "trained on target": (INK, "|"),
+        "trained on target": (INK, "D"),
     }
-    figure = Figure(figsize=(12, 5.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
+    summary = [row for row in data["summary"] if "AdamW" not in row["task"]]
+    tasks = list(dict.fromkeys(row["task"] for row in summary))
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     for i, (method, (color, marker)) in enumerate(looks.items()):
         own = [r for r in summary if r["method"].partition(" (")[0] == method]
-        y = [tasks.index(row["task"]) + 0.1 * (i - 2.5) for row in own]
+        y = [tasks.index(row["task"]) + 0.14 * (i - 2.5) for row in own]
         left.errorbar(
             [row["mean"] for row in own],
             y,
             xerr=[row["std"] for row in own],
             fmt=marker,
             color=color,
-            ms=9 if marker in "*|" else 6,
+            ms=9 if marker == "*" else 5,
             mfc="white" if marker == "v" else color,
             elinewidth=1,
             label=method,
         )
-    left.set_yticks(range(len(tasks)), tasks)
-    left.invert_yaxis()
-    left.set(title="Target accuracy, mean ± std over seeds", xlabel="%")
+    left.hlines(np.arange(1, len(tasks)) - 0.5, 0, 100, "0.85", lw=0.8)
+    left.set_yticks(
+        range(len(tasks)), [t.replace(", 0 and", ",\n0 and") for t in tasks]
+    )
+    left.set_ylim(len(tasks) - 0.5, -0.5)
+    left.set(title="Target accuracy with SGD, mean ± std over seeds", xlabel="%")
+    left.set_xlim(10, 102)
     left.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=6, frameon=False)
-    styles = ("*", "o", "s", "|")
-    for row, marker in zip(lost, styles, strict=False):
-        own = [(row[task], tasks.index(task)) for task in tasks if task in row]
-        x, y = zip(*own, strict=True)
-        color = GOOD if marker == "*" else "0.4"
-        name = f"{row['criterion']}: {row['mean']:.1f}, {row['worst']:.1f} at worst"
-        right.plot(x, y, marker, color=color, ms=12, mfc="none", label=name)
-    right.set(title="What choosing the scale loses", xlabel="points of accuracy")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False)
+
+    optimizers = {"SGD": INK, "AdamW 0.001": GOOD, "AdamW 0.003": WORSE}
+    rules = ("InfoMax", "InfoMax, nearest to 1", "always 1", "always 0.3", "always 0.1")
+    lost = [row for row in data["regret"] if ": " not in row["task"]]
+    for i, (optimizer, color) in enumerate(optimizers.items()):
+        end = optimizer if "AdamW" in optimizer else ""
+        own = [
+            row
+            for row in lost
+            if row["task"].endswith(end) and ("AdamW" in row["task"]) == bool(end)
+        ]
+        for y, rule in enumerate(rules):
+            losses = sorted(row[rule] for row in own)
+            # Equal losses one above the other, so that none hides another.
+            spread = np.linspace(-0.1, 0.1, len(losses))
+            at = y + 0.27 * (i - 1) + spread
+            label = optimizer if not y else None
+            right.plot(
+                losses, at, "o", color=color, ms=5, mew=0, alpha=0.8, label=label
+            )
+    right.hlines(np.arange(1, len(rules)) - 0.5, 0, 30, "0.85", lw=0.8)
+    names = []
+    for rule in rules:
+        losses = [row[rule] for row in lost]
+        names.append(f"{rule}\n{np.mean(losses):.1f}, {max(losses):.1f} at worst")
+    right.set_yticks(range(len(rules)), names)
+    right.set_ylim(len(rules) - 0.5, -0.5)
+    right.set_xlim(-0.5, 1 + max(row[rule] for row in lost for rule in rules))
+    right.set(title="What each rule loses, a dot for each task", xlabel="points")
     right.grid(axis="x", alpha=0.3)
-    right.legend(loc="best", fontsize=8)
+    right.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3, frameon=False
+    )
     save(figure, data, path)
 
 

@@ -25,6 +25,7 @@ from jaxgrl.nnx import DANN
 
 Pair = tuple[np.ndarray, np.ndarray]  # inputs and labels
 Data = dict[str, Any]
+ADAMW_RATES = (0.003, 0.001)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Task:
       seeds: How many there are, by what a run takes.
       prepare: What is done to a batch, from a key or, in evaluation, None.
       generalisation: Whether nothing of the target is seen in training.
+      scales_only: Whether DANN over the scales is all that runs, judged by InfoMax and
+        source accuracy only. It is a fifth of the work.
       reported: What the literature reports for exactly this protocol, and where.
       remark: What a reader of the table must know.
     """
@@ -54,6 +57,7 @@ class Task:
     seeds: int = 10
     prepare: Callable[[Any, Any], Any] = lambda key, x: x
     generalisation: bool = False
+    scales_only: bool = False
     reported: str = ""
     remark: str = ""
 
@@ -61,7 +65,18 @@ class Task:
 def sgd(learning_rate: float) -> Callable[[int], optax.GradientTransformation]:
     """Returns the optimizer of the paper: momentum 0.9, and mu_p as the rate."""
     return lambda steps: optax.sgd(
-        jaxgrl.dann_learning_rate(learning_rate, steps), momentum=0.9
+        jaxgrl.dann_learning_rate(learning_rate, transition_steps=steps), momentum=0.9
+    )
+
+
+def with_adamw(task: Task, learning_rate: float) -> Task:
+    """Returns the task with optax's AdamW at a constant rate, over the scales only."""
+    return dataclasses.replace(
+        task,
+        name=f"{task.name}, AdamW {learning_rate:g}",
+        optimizer=lambda steps: optax.adamw(learning_rate),
+        scales_only=True,
+        reported="",
     )
 
 
@@ -275,7 +290,11 @@ def mnist_usps(seed: int, path: pathlib.Path, source: str, target: str) -> Data:
 
 
 def make_tasks(data: pathlib.Path | None) -> list[Task]:
-    """Returns the tasks; those of USPS and MNIST only with the path of their file."""
+    """Returns the tasks; those of USPS and MNIST only with the path of their file.
+
+    Those that adapt come again with AdamW at two rates: 1e-3, the default of PyTorch
+    and Keras, and 3e-3, at which scale 0.1 was seen to be better than 1 on digits.
+    """
     transductive = "tested on the target images that it adapts to, as in the literature"
     digit_mlp = functools.partial(mlp, 64, 100, 10)
     tasks = [
@@ -323,14 +342,14 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
         ),
     ]
     if data is None:
-        return tasks
+        return tasks + adamw_tasks(tasks)
     # Of as many images, 2,000 and 1,800, but of 28 x 28, and without the 10 % held out.
     paper = "(Tzeng et al., Adversarial Discriminative Domain Adaptation, CVPR 2017)"
     reported = {
         "USPS": "source only 57.1 ± 1.7, reversal 73.0 ± 2.0, ADDA 90.1 ± 0.8",
         "MNIST": "source only 75.2 ± 1.6, reversal 77.1 ± 1.8, ADDA 89.4 ± 0.2",
     }
-    return tasks + [
+    images = [
         Task(
             f"{source} -> {target}",
             functools.partial(mnist_usps, path=data, source=source, target=target),
@@ -343,4 +362,15 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             remark=transductive,
         )
         for source, target in (("USPS", "MNIST"), ("MNIST", "USPS"))
+    ]
+    return tasks + images + adamw_tasks(tasks) + adamw_tasks(images)
+
+
+def adamw_tasks(tasks: list[Task]) -> list[Task]:
+    """Returns those that adapt with AdamW, a task for each of its rates."""
+    return [
+        with_adamw(task, rate)
+        for task in tasks
+        if not task.generalisation
+        for rate in ADAMW_RATES
     ]
