@@ -1,20 +1,16 @@
-"""Draws the measured curves of docs/guide.md: DANN that works, and DANN that does not.
+"""How training a DANN looks: when it works, and when it fails in five ways.
 
-The DANN of examples/dann_digits.py is trained again and again, one thing changed:
+One DANN is trained on rotated digits again and again, with one thing changed. It makes
+the two pictures of the documents, saves the final numbers and prints them:
 
-    runs.png     what one sees over the steps if it works, and if it fails in five ways
+    runs.png     six trainings over the steps
     choices.png  target accuracy over scale, gamma, discriminator and learning rate
 
-    python docs/curves.py         # some minutes on two cores; prints what it draws
+    python benchmarks/curves.py               # some minutes on two cores
+    python benchmarks/curves.py --pictures .  # elsewhere than in docs/
 """
 
-import argparse
-import importlib.metadata
-import os
 import pathlib
-import platform
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +18,19 @@ import numpy as np
 import optax
 from flax import nnx
 from matplotlib.figure import Figure
+from parts import pictures, report
+from parts.digits import rotated_digits
+from parts.pictures import BLUE, ORANGE
+from tqdm import tqdm
 
 import jaxgrl
 from jaxgrl.nnx import DANN
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-from dann_digits import make_data
-
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PACKAGES = (*report.PACKAGES, "scikit-learn")
 BATCH = 64  # examples from each domain
 EVERY = 100  # steps between two evaluations
-BLUE, ORANGE, SHADE = "#0072B2", "#D55E00", "#FFF1C2"  # for colour-blind readers too
+SHADE = "#FFF1C2"
 DEFAULTS = {"scale": 1.0, "gamma": 10.0, "width": 100, "rate": 0.01}
 
 # The rows of runs.png: label of the axis, its limits, a reference line and its meaning.
@@ -145,7 +144,7 @@ def train(width, steps, setting, key, data):
 # 3. All trainings: compiled once for each width; the seeds are mapped over inside.
 def train_all(seeds, steps):
     """Returns {name of the run: {quantity: [seed, evaluation]}}."""
-    splits = [make_data(25.0, seed) for seed in range(seeds)]
+    splits = [rotated_digits(25.0, seed) for seed in range(seeds)]
     data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
 
@@ -156,16 +155,15 @@ def train_all(seeds, steps):
     runs = [change for change, _ in RUNS.values()] + [TWICE]
     wanted = [{key: v} for key, (_, values) in CHOICES.items() for v in values]
     wanted += [{"scale": 0.0, "rate": rate} for rate in CHOICES["rate"][1]]
+    changes = {name(change): change for change in runs + wanted}
     results = {}
-    for change in runs + wanted:
-        if name(change) not in results:
-            print(f"training {name(change)}", file=sys.stderr)
-            own = {key: v for key, v in change.items() if key != "width"}
-            width = change.get("width", DEFAULTS["width"])
-            curves, ends = jax.device_get(every_seed(width, setting(steps, **own)))
-            if change in runs:
-                curves["fresh classifier"] = np.array(list(map(fresh, *ends)))
-            results[name(change)] = curves
+    for own_name, change in tqdm(changes.items(), unit="setting"):
+        own = {key: v for key, v in change.items() if key != "width"}
+        width = change.get("width", DEFAULTS["width"])
+        curves, ends = jax.device_get(every_seed(width, setting(steps, **own)))
+        if change in runs:
+            curves["fresh classifier"] = np.array(list(map(fresh, *ends)))
+        results[own_name] = curves
     return results
 
 
@@ -264,10 +262,16 @@ def draw_choices(results):
     return figure
 
 
-def save(figure, path):
-    """Writes the picture in one move: an interruption leaves the old one or the new."""
-    figure.savefig(path.with_suffix(".part"), format="png", dpi=150)
-    path.with_suffix(".part").replace(path)
+def final_rows(results) -> list[report.Row]:
+    """Returns a row for each setting: the final numbers of every seed."""
+    return [
+        {"setting": own_name}
+        | {
+            k: np.transpose(v)[-1].tolist() if v.ndim > 1 else v.tolist()
+            for k, v in curves.items()
+        }
+        for own_name, curves in results.items()
+    ]
 
 
 def print_tables(results, steps):
@@ -300,39 +304,32 @@ def print_tables(results, steps):
             print(row + (f"   diverged: {broken} of {len(base)}" if broken else ""))
 
 
-def main():
-    """Trains everything, draws it, and prints what is drawn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add, here = parser.add_argument, pathlib.Path(__file__).parent
+def main() -> int:
+    """Trains everything, saves and draws it, and prints what is drawn."""
+    parser = report.make_parser(__doc__)
+    add = parser.add_argument
     add("--seeds", type=int, default=5, help="runs of each setting (default: 5)")
     add("--steps", type=int, default=4000, help="of each run (default: 4000)")
-    add("--output", type=pathlib.Path, default=here, help="folder (default: docs)")
+    text = "folder of the two pictures (default: docs)"
+    add("--pictures", type=pathlib.Path, default=DOCS, help=text)
     args = parser.parse_args()
     if not 2 <= args.seeds <= 100:
         parser.error(f"--seeds must be between 2 and 100, got {args.seeds}")
     if not 1 <= args.steps <= 10**6 or args.steps % EVERY:
         rule = f"a multiple of {EVERY} up to 1000000"
         parser.error(f"--steps must be {rule}, got {args.steps}")
-    if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output must be a folder, or new, got {args.output}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    if not args.pictures.is_dir():
+        parser.error(f"--pictures must be a folder, got {args.pictures}")
+    settings = {"seeds": args.seeds, "steps": args.steps}
+    record = report.Record("curves", args.output, packages=PACKAGES, settings=settings)
     results = train_all(args.seeds, args.steps)
-    seconds = time.perf_counter() - start
-    save(draw_runs(results, args.steps), args.output / "runs.png")
-    save(draw_choices(results), args.output / "choices.png")
+    record.rows.extend(final_rows(results))
+    record.save()
+    pictures.save(draw_runs(results, args.steps), args.pictures / "runs.png")
+    pictures.save(draw_choices(results), args.pictures / "choices.png")
     print_tables(results, args.steps)
-    packages = ("jaxgrl", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in packages)
-    print(
-        f"{len(results)} settings, {args.seeds} seeds each: {seconds:.0f} s on ", end=""
-    )
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores")
-    print(f"{platform.platform()}, Python {platform.python_version()}, {versions}")
-    print(" ".join(["python", *sys.argv]))
+    return record.close(None, [])
 
 
 if __name__ == "__main__":
-    main()
+    report.interruptible(main)

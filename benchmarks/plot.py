@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from parts import counts, pictures
+from parts.counts import FORWARD
 from parts.pictures import BLUE as GOOD
 from parts.pictures import GREY, INK, PURPLE
 from parts.pictures import ORANGE as WORSE
@@ -48,23 +49,23 @@ def print_overheads(folder: pathlib.Path) -> None:
 
     The counts are of one program, jaxgrl / by hand.
     """
-    header = ("device", "jax", "programs", "forward", "gradient", "collectives")
-    columns = [column for column in counts.FORWARD if column != "copies"]
-    print(f"\n| {' | '.join([*header, *columns])} |")
+    columns = {
+        "ops": "operations",
+        "fusions": "fusions",
+        "temp bytes": "temporary bytes",
+    }
+    header = ("device", "programs", "forward", "gradient", "collectives")
+    print(f"\n| {' | '.join([*header, *columns.values()])} |")
     print("| --- " * (len(header) + len(columns)) + "|")
     for data in whole(folder, "overhead"):
         programs = [counts.from_row(row) for row in data["rows"]]
         forwards = [parts["forward"] for _, parts in programs]
         gradients = [parts["gradient"] for _, parts in programs]
-        differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in columns)
+        differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in FORWARD)
         moved = sum(
             g["jaxgrl"]["collectives"] != g["by hand"]["collectives"] for g in gradients
         )
-        cells = [
-            data["machine"]["device"].removesuffix(" compiled"),
-            data["versions"]["jax"],
-            len(gradients),
-        ]
+        cells = [device_name(data), len(gradients)]
         cells += ["equal" if not differ else f"{differ} counts differ"]
         cells += ["no worse" if data["holds"] else f"{len(data['failures'])} worse"]
         cells += ["the same" if not moved else f"{moved} differ"]
@@ -74,9 +75,15 @@ def print_overheads(folder: pathlib.Path) -> None:
             if (case["program"], case["dtype"], case["scale"]) == EXAMPLE
         )
         for column in columns:
-            pair = [example[layer][column] for layer in ("jaxgrl", "by hand")]
-            cells.append("not given" if None in pair else " / ".join(map(str, pair)))
+            cells.append(f"{example['jaxgrl'][column]} / {example['by hand'][column]}")
         print(f"| {' | '.join(map(str, cells))} |")
+
+
+def device_name(data: dict[str, Any]) -> str:
+    """Returns the device of some results as the documents name it."""
+    name = data["machine"]["device"].removesuffix(" compiled")
+    name = name.replace("tpu tpu", "TPU ").replace("tpu", "TPU")
+    return name if name.startswith("TPU") else name.upper()
 
 
 def kind_of(ours: counts.Counts, limit: counts.Counts) -> str:
@@ -85,7 +92,7 @@ def kind_of(ours: counts.Counts, limit: counts.Counts) -> str:
         return "does not run"
     if ours["same bits"] is False:
         return "other bits"
-    more = any(ours[c] > limit[c] for c in counts.FORWARD)
+    more = any(ours[c] > limit[c] for c in FORWARD)
     return (
         "same bits, more work or memory" if more else "same bits, no more of anything"
     )

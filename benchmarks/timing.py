@@ -18,8 +18,9 @@ The claims:
 
     python benchmarks/timing.py                         # all, about 15 minutes
     python benchmarks/timing.py --only steps import     # some
+    python benchmarks/timing.py --quick                 # few rounds; no verdict
 
-Run it on a quiet machine. Pairs are interleaved in random order and every clock waits
+Run it on an idle machine. Pairs are interleaved in random order and every clock waits
 for the device. Exits with status 1 where a claim does not hold.
 """
 
@@ -34,38 +35,49 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from parts.intervals import median_interval
 from parts.programs import Model, Program, conv_attention, identity, mlp
 from parts.report import Record, Row, interruptible, make_parser, print_table
 from parts.reversals import REVERSALS
 from tqdm import tqdm
 
 WIDTH = 0.02  # of the interval of a ratio
-BLOCK = 0.004  # seconds that one timing lasts at least
-MOST_ROUNDS, LEAST_ROUNDS = 6000, 200
 SCALE = np.float32(0.3)
 
 
-# Clocks and statistics.
-def interval(values: Sequence[float], comparisons: int) -> tuple[float, float, float]:
-    """Returns the median and its 95 % interval, joint over this many comparisons.
+class Effort(NamedTuple):
+    """How much is measured.
 
-    Order statistics: the ranks between which the median lies, by the normal
-    approximation of the binomial distribution. Nothing is assumed about the values.
+    Attributes:
+      block: Seconds that one timing lasts at least.
+      least: Rounds of a ratio, and rounds between two looks at its interval.
+      most: Rounds after which the interval may stay too wide.
+      share: Of the rounds of all else.
+      sizes: How many models, numbers of devices, and powers of ten.
     """
-    z = statistics.NormalDist().inv_cdf(1 - 0.025 / comparisons)
-    ordered, n = sorted(values), len(values)
-    half = z * math.sqrt(n) / 2
-    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half))
-    return statistics.median(ordered), ordered[low], ordered[high]
+
+    block: float = 0.004
+    least: int = 200
+    most: int = 6000
+    share: float = 1.0
+    sizes: int = 6
+
+    def rounds(self, number: int) -> int:
+        """Returns how many of so many rounds are measured."""
+        return max(1, round(self.share * number))
 
 
+QUICK = Effort(block=0.0, least=10, most=10, share=0.01, sizes=1)
+
+
+# Clocks and statistics.
 def clock(function: Callable[[], Any], repeats: int = 1) -> float:
     """Returns the seconds of one call, from so many in a row."""
     start = time.perf_counter()
@@ -94,7 +106,7 @@ def median(rounds: Sequence[dict[str, float]], name: str) -> float:
 
 # Steps.
 def step_clocks(
-    model: Model, mesh: Mesh | None = None
+    model: Model, mesh: Mesh | None, block: float
 ) -> dict[str, Callable[[], float]]:
     """Returns a clock for the gradient of each kind."""
     program = Program(lambda dtype: model)
@@ -118,7 +130,7 @@ def step_clocks(
     for run in compiled.values():
         clock(lambda run=run: run(*arguments), 3)
     once = min(clock(lambda: compiled["none"](*arguments)) for _ in range(10))
-    repeats = max(1, math.ceil(BLOCK / once))
+    repeats = max(1, math.ceil(block / once))
     clocks = {
         name: lambda run=run: clock(lambda: run(*arguments), repeats)
         for name, run in compiled.items()
@@ -126,18 +138,24 @@ def step_clocks(
     return clocks
 
 
+def ratio(values: Sequence[float], comparisons: int) -> tuple[float, float, float]:
+    """Returns the median and its 95 % interval, joint over this many comparisons."""
+    low, high = median_interval(values, comparisons) or (min(values), max(values))
+    return statistics.median(values), low, high
+
+
 def measure_ratios(
-    name: str, model: Model, mesh: Mesh | None, programs: int
+    name: str, model: Model, mesh: Mesh | None, programs: int, effort: Effort
 ) -> tuple[list[Row], list[str]]:
     """Returns the rows of one program, and where the claim fails."""
-    clocks = step_clocks(model, mesh)
+    clocks = step_clocks(model, mesh, effort.block)
     pairs = (("jaxgrl", "by hand"), ("jaxgrl", "none"), ("by hand again", "by hand"))
     rounds: list[dict[str, float]] = []
     found: dict[tuple[str, str], tuple[float, float, float]] = {}
-    while len(rounds) < MOST_ROUNDS:
-        rounds += shuffled_rounds(clocks, LEAST_ROUNDS)
+    while len(rounds) < effort.most:
+        rounds += shuffled_rounds(clocks, effort.least)
         found = {
-            (a, b): interval([r[a] / r[b] for r in rounds], programs * len(pairs))
+            (a, b): ratio([r[a] / r[b] for r in rounds], programs * len(pairs))
             for a, b in pairs
         }
         if all(high - low < WIDTH for _, low, high in found.values()):
@@ -165,7 +183,7 @@ def measure_ratios(
     return rows, failures
 
 
-def measure_steps() -> tuple[list[Row], list[str]]:
+def measure_steps(effort: Effort) -> tuple[list[Row], list[str]]:
     """Times a training step with the layer, by hand and without."""
     models = {
         "small, MLP 64": mlp(jnp.float32, 64),
@@ -173,21 +191,23 @@ def measure_steps() -> tuple[list[Row], list[str]]:
         "large, MLP 2048": mlp(jnp.float32, 2048),
     }
     rows, failures = [], []
-    for name, model in tqdm(models.items(), desc="steps"):
-        found, failed = measure_ratios(name, model, None, len(models))
+    for name, model in tqdm([*models.items()][: effort.sizes], desc="steps"):
+        found, failed = measure_ratios(name, model, None, len(models), effort)
         rows += found
         failures += failed
     return rows, failures
 
 
-def measure_devices() -> tuple[list[Row], list[str]]:
+def measure_devices(effort: Effort) -> tuple[list[Row], list[str]]:
     """Times a data-parallel step on 1 to 8 devices, virtual ones on a CPU."""
     rows, failures = [], []
-    counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()]
+    counts = [n for n in (1, 2, 4, 8) if n <= jax.device_count()][-effort.sizes :]
     for n in tqdm(counts, desc="devices"):
         mesh = Mesh(np.array(jax.devices()[:n]), ("devices",))
         name = f"MLP 256, data parallel over {n}"
-        found, failed = measure_ratios(name, mlp(jnp.float32), mesh, len(counts))
+        found, failed = measure_ratios(
+            name, mlp(jnp.float32), mesh, len(counts), effort
+        )
         rows += found
         failures += failed
     return rows, failures
@@ -253,7 +273,7 @@ def build_times(
     Compilation, which takes far longer and varies less, is timed in a tenth of the
     rounds.
     """
-    compiling = max(3, rounds // 10)
+    compiling = min(rounds, max(3, rounds // 10))
 
     def clocked(layer, i):
         if cold:
@@ -282,7 +302,7 @@ def call_row(what: str, times: dict[str, float]) -> Row:
 LAYERS = ("none", "jaxgrl", "five lines")
 
 
-def measure_calls() -> tuple[list[Row], list[str]]:
+def measure_calls(effort: Effort) -> tuple[list[Row], list[str]]:
     """Times what a call costs before the program runs, and eagerly."""
     rows, failures = [], []
 
@@ -291,34 +311,36 @@ def measure_calls() -> tuple[list[Row], list[str]]:
         if bound and not 0 < rows[-1]["ratio"] <= bound:
             failures.append(f"{what}: {rows[-1]['ratio']} of the five lines")
 
+    more = 10 if effort is QUICK else 100
     with tqdm(total=5, desc="calls") as bar:
         built = {}
         for what, make, size, rounds, cold in (
             ("DANN step", dann_step, 1, 200, False),
             ("DANN step, caches cleared", dann_step, 1, 20, True),
             ("one call and a product", chain, 1, 200, False),
-            ("100 more of them", chain, 101, 40, False),
+            ("more of them", chain, 1 + more, 40, False),
         ):
+            rounds = effort.rounds(rounds)
             built[what] = build_times(make, size, rounds, LAYERS, cold=cold)
             bar.update()
-        one, many = built["one call and a product"], built.pop("100 more of them")
+        one, many = built["one call and a product"], built.pop("more of them")
         for what, times in built.items():
             for stage in times["none"]:
                 bound = 1.1 if (what, stage) == ("DANN step", "trace + lower") else None
                 add(f"{what}: {stage}", {k: times[k][stage] for k in LAYERS}, bound)
         for stage in one["none"]:
             # The product of each step is in all three, so that it cancels.
-            step = {k: (many[k][stage] - one[k][stage]) / 100 for k in LAYERS}
+            step = {k: (many[k][stage] - one[k][stage]) / more for k in LAYERS}
             calls = {k: step[k] - step["none"] for k in LAYERS}
             bound = 1.1 if stage == "trace + lower" else None
             add(f"one more call: {stage}", calls, bound)
-        for what, times in eager_times().items():
+        for what, times in eager_times(effort).items():
             add(what, times, 0.05 if what == "eager forward" else None)
         bar.update()
     return rows, failures
 
 
-def eager_times() -> dict[str, dict[str, float]]:
+def eager_times(effort: Effort) -> dict[str, dict[str, float]]:
     """Returns the median seconds of eager calls."""
     x, scale = jnp.asarray(X), jnp.asarray(SCALE)
 
@@ -332,7 +354,7 @@ def eager_times() -> dict[str, dict[str, float]]:
     found = {}
     for what, make in (("eager forward", forward), ("eager gradient", gradient)):
         clocks = {layer: make(REVERSALS.get(layer, identity)) for layer in LAYERS}
-        rounds = shuffled_rounds(clocks, 101)[1:]
+        rounds = shuffled_rounds(clocks, effort.rounds(100) + 1)[1:]
         found[what] = {layer: median(rounds, layer) for layer in LAYERS}
     return found
 
@@ -344,14 +366,16 @@ def exponent(sizes: Sequence[int], seconds: Sequence[float]) -> float:
 
 
 def measure_programs(
-    what: str, make: Any, sizes: Sequence[int]
+    what: str, make: Any, sizes: Sequence[int], effort: Effort
 ) -> tuple[list[Row], list[str]]:
     """Times tracing, lowering and compiling over the size of the program."""
     layers = ("none", "jaxgrl", "five lines" if make is chain else "whole tree")
     stages = ("trace + lower", "compile")
     found = {}
     for size in tqdm(sizes, desc=what, leave=False):
-        found[size] = build_times(make, size, 20 if size < 100 else 3, layers)
+        found[size] = build_times(
+            make, size, effort.rounds(20 if size < 100 else 3), layers
+        )
     rows: list[Row] = [
         {"what": f"{size} {what}: {layer}"}
         | {f"{s}, ms": 1e3 * found[size][layer][s] for s in stages}
@@ -359,7 +383,7 @@ def measure_programs(
         for layer in layers
     ]
     failures = []
-    large = [size for size in sizes if size >= 10]
+    large = sizes[1:] if len(sizes) > 2 else sizes
     slopes = {
         layer: [exponent(large, [found[n][layer][s] for n in large]) for s in stages]
         for layer in layers
@@ -398,11 +422,12 @@ def copy_rate(count: int, rounds: int) -> tuple[dict[str, float], float]:
     return rate, statistics.median(r["copy"] / r["jaxgrl"] for r in found)
 
 
-def measure_bandwidth() -> tuple[list[Row], list[str]]:
+def measure_bandwidth(effort: Effort) -> tuple[list[Row], list[str]]:
     """Times the eager backward over the number of elements, beside a plain copy."""
     rows, failures = [], []
-    for power in tqdm(range(3, 9), desc="elements", leave=False):
-        rate, share = copy_rate(10**power, 20 if power == 8 else 60)
+    for power in tqdm(range(3, 9)[: effort.sizes], desc="elements", leave=False):
+        rounds = effort.rounds(20 if power == 8 else 60)
+        rate, share = copy_rate(10**power, rounds)
         row: Row = {"what": f"eager backward of 1e{power} elements"}
         row |= {f"{name}, GB/s": value / 1e9 for name, value in rate.items()}
         rows.append(row | {"share of a copy": round(share, 3)})
@@ -411,13 +436,13 @@ def measure_bandwidth() -> tuple[list[Row], list[str]]:
     return rows, failures
 
 
-def measure_growth() -> tuple[list[Row], list[str]]:
+def measure_growth(effort: Effort) -> tuple[list[Row], list[str]]:
     """Times over the number of elements, calls and leaves."""
-    sizes = (1, 10, 100, 1000)
+    sizes = (1, 10, 100, 1000)[: effort.sizes + 1]
     parts = (
-        measure_bandwidth(),
-        measure_programs("calls", chain, sizes),
-        measure_programs("leaves", leaves, sizes),
+        measure_bandwidth(effort),
+        measure_programs("calls", chain, sizes, effort),
+        measure_programs("leaves", leaves, sizes, effort),
     )
     rows = [row for found, _ in parts for row in found]
     return rows, [failure for _, failed in parts for failure in failed]
@@ -432,24 +457,26 @@ print(time.perf_counter() - start)
 """
 
 
-def measure_import() -> tuple[list[Row], list[str]]:
+def measure_import(effort: Effort) -> tuple[list[Row], list[str]]:
     """Times what importing the package adds, each time in a new process."""
     seconds = []
-    for _ in tqdm(range(20), desc="import"):
+    for _ in tqdm(range(effort.rounds(20)), desc="import"):
         command = [sys.executable, "-c", IMPORT]
         printed = subprocess.run(command, capture_output=True, text=True, check=True)
         seconds.append(float(printed.stdout))
-    middle, low, high = (1e3 * v for v in interval(seconds, 1))
+    middle = 1e3 * statistics.median(seconds)
     row = {"what": "import jaxgrl, after jax and optax", "milliseconds": middle}
+    low, high = median_interval(seconds) or (min(seconds), max(seconds))
     failures = [f"import: {middle:.1f} ms, over 20"] if middle > 20 else []
-    return [row | {"low": low, "high": high}], failures
+    return [row | {"low": 1e3 * low, "high": 1e3 * high}], failures
 
 
-def in_subprocess(section: str) -> tuple[list[Row], list[str]]:
+def in_subprocess(section: str, effort: Effort) -> tuple[list[Row], list[str]]:
     """Measures a section in a process of its own, with eight virtual CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     flags += " --xla_force_host_platform_device_count=8"
     command = [sys.executable, __file__, "--worker", section]
+    command += ["--quick"] * (effort is QUICK)
     done = subprocess.run(
         command,
         env=os.environ | {"XLA_FLAGS": flags},
@@ -459,11 +486,11 @@ def in_subprocess(section: str) -> tuple[list[Row], list[str]]:
     return tuple(json.loads(done.stdout))
 
 
-MEASURES: dict[str, Callable[[], tuple[list[Row], list[str]]]] = {
+MEASURES: dict[str, Callable[[Effort], tuple[list[Row], list[str]]]] = {
     "steps": measure_steps,
     "calls": measure_calls,
     "growth": measure_growth,
-    "devices": lambda: in_subprocess("devices"),
+    "devices": lambda effort: in_subprocess("devices", effort),
     "import": measure_import,
 }
 
@@ -473,22 +500,25 @@ def main() -> None:
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="sections")
+    add("--quick", action="store_true", help="a smoke run: judges nothing")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    effort = QUICK if args.quick else Effort()
     if args.worker:
-        print(json.dumps(measure_devices()))
+        print(json.dumps(measure_devices(effort)))
         return
     kind = jax.devices()[0].device_kind
     record = Record("timing", args.output, device=None if kind == "cpu" else kind)
     failures = []
     for section in args.only:
-        rows, failed = MEASURES[section]()
+        rows, failed = MEASURES[section](effort)
         for row in rows:
             record.add({"section": section} | row)
         print(f"\n{section}")
         print_table(rows, list(dict.fromkeys(key for row in rows for key in row)))
-        failures += failed
-    sys.exit(record.close(f"{', '.join(args.only)}.", failures))
+        failures += [] if args.quick else failed
+    claim = None if args.quick else f"{', '.join(args.only)}."
+    sys.exit(record.close(claim, failures))
 
 
 if __name__ == "__main__":

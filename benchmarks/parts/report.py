@@ -176,10 +176,14 @@ class Record:
         """Writes the file."""
         results.write(self.path, self.data)
 
-    def close(self, claim: str, failures: Iterable[str]) -> int:
-        """Saves and prints the verdict; returns the exit status that it deserves."""
+    def close(self, claim: str | None, failures: Iterable[str]) -> int:
+        """Saves and prints the verdict; returns the exit status that it deserves.
+
+        A claim of None is not judged.
+        """
         failures = list(failures)
-        self.data |= {"complete": True, "holds": not failures, "failures": failures}
+        holds = None if claim is None and not failures else not failures
+        self.data |= {"complete": True, "holds": holds, "failures": failures}
         self.save()
         machine = self.data["machine"]
         print(f"\n{self.data['command']}")
@@ -191,6 +195,8 @@ class Record:
         print(f"Saved in {self.path}")
         if failures:
             print("The claim does not hold:", *failures, sep="\n")
+        elif claim is None:
+            print("No claim was judged.")
         else:
             print(f"The claim holds: {claim}")
         return int(bool(failures))

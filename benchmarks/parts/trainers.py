@@ -25,13 +25,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
-import sklearn.datasets
+
+from parts.digits import SOURCE, rotated_digits
 
 Params = dict[str, dict[str, Any]]
 Job = tuple[int, float]  # seed, and the scale that the reversal rises to
 BATCH = 64  # examples from each domain
-SOURCE = 650  # images of the source domain, and as many of the target
 CHUNK = 100  # steps in one compiled call
 LEARNING_RATE, MOMENTUM = 0.01, 0.9
 KINDS = ("kernel", "bias")
@@ -124,18 +123,10 @@ def clock(function: Callable[..., Any], *arguments: Any) -> float:
 @functools.cache
 def digits() -> dict[str, Any]:
     """Returns the inputs, source first, the source's labels, and the test."""
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
-    rotated = scipy.ndimage.rotate(images, 25, (2, 1), reshape=False, order=1)
-    order = np.random.default_rng(0).permutation(len(images))
-    source, target, test = np.split(order, [SOURCE, 2 * SOURCE])
-    inputs = np.concatenate([images[source], rotated[target]])
-    return {
-        "inputs": inputs.reshape(-1, 64),
-        "labels": labels[source].astype(np.int32),
-        "test": rotated[test].reshape(-1, 64),
-        "test_labels": labels[test],
-    }
+    split = rotated_digits(25.0, 0)
+    inputs = np.concatenate([split["source"], split["target"]])
+    test = {name: split[name] for name in ("test", "test_labels")}
+    return {"inputs": inputs, "labels": split["source_labels"], **test}
 
 
 def accuracy(params: Params) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import io
 import json
@@ -42,6 +43,9 @@ def finished(script, *options, output):
 def load(script):
     """Returns a script as a module: another start of Python takes seconds."""
     path = ROOT / script
+    if (path.parent / "__init__.py").exists():  # a part, imported by scripts beside
+        with mock.patch.object(sys, "path", [str(path.parents[1]), *sys.path]):
+            return importlib.import_module(f"{path.parent.name}.{path.stem}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -124,7 +124,7 @@ def test_one_seed_gives_no_standard_error(criteria):
 
 def test_finished_cells_are_kept_and_not_run_twice(tmp_path):
     result = run(SCRIPT, *FEW, "--output", tmp_path)
-    assert "Kept in" in result.stdout, result.stderr
+    assert "Saved in" in result.stdout, result.stderr
     (path,) = tmp_path.iterdir()
     whole = json.loads(path.read_text())
     runs = [(r["task"], r["method"], r["scale"], r["seed"]) for r in whole["rows"]]
@@ -151,7 +151,7 @@ def test_finished_cells_are_kept_and_not_run_twice(tmp_path):
     cut["rows"][0] = cut["rows"][0] | {"target accuracy": 0.123}
     path.write_text(json.dumps(cut))
     resumed = run(SCRIPT, *FEW, "--output", tmp_path / "unused", "--resume", path)
-    assert "Kept in" in resumed.stdout, resumed.stderr
+    assert "Saved in" in resumed.stdout, resumed.stderr
     again = json.loads(path.read_text())
     assert again["complete"] and not (tmp_path / "unused").exists()
     assert again["rows"][0]["target accuracy"] == 0.123
@@ -164,7 +164,7 @@ def test_finished_cells_are_kept_and_not_run_twice(tmp_path):
     first.write_text(json.dumps(whole | {"rows": parts[0], "command": "the first"}))
     path.write_text(json.dumps(whole | {"rows": parts[1]}))
     joined = run(SCRIPT, *FEW, "--with", first, "--resume", path)
-    assert "Kept in" in joined.stdout, joined.stderr
+    assert "Saved in" in joined.stdout, joined.stderr
     both = json.loads(path.read_text())
     assert both["rows"] == parts[1] and both["with"]["command"] == "the first"
     assert both["summary"] == whole["summary"] and both["regret"] == whole["regret"]

@@ -1,10 +1,231 @@
-"""The saved results: how they are written, and that they hold what the pages say."""
+"""The saved results of the benchmarks: their form, and that they hold what is said."""
 
+import contextlib
+import io
+import itertools
+import json
+import math
+import re
+import sys
+from unittest import mock
 
-from run_script import ROOT
+import numpy as np
+import pytest
+from run_script import ROOT, load
 
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENT = (ROOT / "docs" / "benchmarks.md").read_text()
 
 
-def test_dummy():
-    pass
+@pytest.fixture(scope="module")
+def results():
+    return load("benchmarks/parts/results.py")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return load("benchmarks/parts/report.py")
+
+
+@pytest.fixture(scope="module")
+def newest(results):
+    return lambda name: results.newest(RESULTS, name)
+
+
+def test_tables_come_back_as_they_were_with_floats_of_six_digits(tmp_path, results):
+    rows = [
+        {"what": "a", "same": True, "seconds": 1234567.0, "times": [1 / 3, 2]},
+        {"what": "b", "same": True, "seconds": math.pi, "times": []},
+        {"what": "b", "error": None},
+        {"what": "c", "count": 1},
+        {"what": "c", "count": True},
+        {"what": "c", "count": 1.0},
+    ]
+    data = {"name": "ø", "numbers": [1, 2], "empty": [], "rows": rows, "none": None}
+    path = tmp_path / "file.json"
+    results.write(path, data)
+    found = results.read(path)
+    rows[0] |= {"seconds": 1234570.0, "times": [0.333333, 2]}
+    rows[1] |= {"seconds": 3.14159}
+    assert json.dumps(found, sort_keys=True) == json.dumps(data, sort_keys=True)
+    # A line for each row, and what rows have in common is written once.
+    lines = path.read_text().splitlines()
+    assert sum(line.startswith("[") for line in lines) == len(rows)
+    assert path.read_text().count('"same"') == path.read_text().count('"error"') == 1
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, results):
+    path = tmp_path / "file.json"
+    results.write(path, {"rows": [{"a": 1}]})
+    with pytest.raises(TypeError):
+        results.write(path, {"rows": [{"a": object()}]})
+
+    def broken(draft):
+        draft.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.replace(path, broken)
+    assert results.read(path) == {"rows": [{"a": 1}]}
+
+
+def test_a_run_never_writes_into_the_file_of_another(tmp_path, report, results):
+    records = [report.Record("x", tmp_path) for _ in range(3)]
+    for number, record in enumerate(records):
+        record.add({"number": number})
+    assert len({record.path for record in records}) == 3
+    found = [results.read(record.path) for record in records]
+    assert [data["rows"] for data in found] == [[{"number": n}] for n in range(3)]
+    assert not any(data["complete"] for data in found)
+
+
+def test_a_saved_command_names_no_folder_of_the_machine(report):
+    script = str(ROOT / "benchmarks" / "timing.py")
+    options = ["--output", "/home/me/out", "--data", "/home/me/x.mat", "--seeds", "3"]
+    options += ["--also=../../env/bin/python", "--output=/tmp/y", "--only", "steps"]
+    with mock.patch.object(sys, "argv", [script, *options]):
+        said = report.command()
+    assert said == (
+        "python benchmarks/timing.py --data PATH/x.mat --seeds 3 --also=python "
+        "--only steps"
+    )
+
+
+def test_the_interval_of_a_median_covers_it_with_95_percent_and_no_rank_to_spare():
+    median_interval = load("benchmarks/parts/intervals.py").median_interval
+    for n, joint in itertools.product((6, 7, 20, 21, 60, 301), (1, 4)):
+        found = median_interval([*range(n, 0, -1)], joint)
+        if found is None:
+            assert 2 * 0.5**n > 0.05 / joint
+            continue
+        low, high = found
+        assert low + high == n + 1  # as many ranks below as above
+        # Missed if fewer than `low` of n values are below the median, or above it.
+        missed = [
+            2 * sum(math.comb(n, i) for i in range(rank)) / 2**n
+            for rank in (low, low + 1)
+        ]
+        assert missed[0] <= 0.05 / joint < missed[1]
+    assert median_interval([3.0, 1.0, 2.0, 5.0, 4.0]) is None
+    assert median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]) == (1.0, 6.0)
+
+
+def test_the_interval_of_a_mean_is_that_of_student():
+    mean_interval = load("benchmarks/parts/intervals.py").mean_interval
+    values = np.array([1.0, 2.0, 4.0, 8.0, 5.0])
+    # 2.7764 is the quantile of t with 4 degrees of freedom, from a table.
+    margin = 2.7764 * values.std(ddof=1) / np.sqrt(5)
+    np.testing.assert_allclose(mean_interval(values), [4 - margin, 4 + margin], 1e-4)
+
+
+def test_the_counts_of_programs_come_back(tmp_path, results):
+    counts = load("benchmarks/parts/counts.py")
+    case = {"program": "MLP", "dtype": "float32", "scale": "traced", "sharded": True}
+    base = dict.fromkeys(counts.FORWARD, 7) | {"collectives": ["f32[2] all-reduce"]}
+    parts = {
+        "forward": {"none": base, "jaxgrl": base | {"same bits": True}},
+        "gradient": {
+            "by hand": base | {"residual bytes": 9},
+            "jaxgrl": base | {"residual bytes": 9, "same bits": False},
+            "five lines": base | {"residual bytes": 8, "same bits": True},
+            "trick": base | {"residual bytes": 9, "collectives": []},
+            "optax": {"error": "TypeError"},
+        },
+    }
+    path = tmp_path / "file.json"
+    results.write(path, {"rows": [counts.to_row(case, parts)]})
+    (row,) = results.read(path)["rows"]
+    assert row["forward, jaxgrl"] == "equal"
+    found_case, found = counts.from_row(row)
+    assert found_case == case and found["gradient"]["optax"] == {"error": "TypeError"}
+    gradient = found["gradient"]
+    assert gradient["jaxgrl"]["same bits"] is False
+    assert gradient["five lines"]["residual bytes"] == 8
+    assert gradient["trick"]["collectives"] == "none"
+    assert gradient["by hand"]["collectives"].startswith("1 all-reduce, ")
+    others = ["f32[3] all-reduce"]
+    assert counts.summed(others) != gradient["by hand"]["collectives"]
+
+
+def test_saved_results_are_small_complete_and_name_no_folder(results):
+    files = sorted(RESULTS.iterdir())
+    assert sum(path.stat().st_size for path in files) <= 400_000
+    for path in files:
+        if path.suffix == ".json":
+            data = results.read(path)
+            assert data["complete"] and data["holds"] and data["rows"], path
+            assert not re.search(r"/(tmp|home|work|root)/", path.read_text()), path
+
+
+def test_pictures_in_documents_are_at_most_300_kb():
+    pictures = [*RESULTS.glob("*.png"), *(ROOT / "docs").rglob("*.png")]
+    assert pictures
+    assert {p.name: p.stat().st_size for p in pictures if p.stat().st_size > 3e5} == {}
+
+
+# What the page of the benchmarks says, against the saved results.
+def test_the_table_of_overheads_is_that_of_the_saved_results():
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        load("benchmarks/plot.py").print_overheads(RESULTS)
+    rows = [line for line in said.getvalue().splitlines() if line.startswith("|")]
+    assert len(rows) >= 10
+    assert [row for row in rows if row not in DOCUMENT] == []
+
+
+def test_the_times_of_steps_are_those_of_the_saved_results(newest):
+    for row in newest("timing")["rows"]:
+        size, _, pair = row["what"].partition(", ")
+        if row["section"] == "steps" and "jaxgrl /" in pair:
+            shown = "{ratio:.3f} [{low:.3f}, {high:.3f}]".format(**row)
+            (line,) = re.findall(rf"^\| {size}, .* ms .*", DOCUMENT, re.M)
+            assert shown in line
+
+
+def test_the_times_of_calls_are_those_of_the_saved_results(newest):
+    rows = {row["what"]: row for row in newest("timing")["rows"]}
+    said = {
+        "one more call: trace + lower": "one more call in a program, traced",
+        "DANN step: trace + lower": "a DANN step, traced and lowered",
+        "DANN step: compile": "a DANN step, compiled",
+        "eager forward": "eager forward",
+        "eager gradient": "eager gradient",
+    }
+    for what, name in said.items():
+        (line,) = re.findall(rf"^\| {name} .*", DOCUMENT, re.M)
+        *_, ours, theirs, ratio = (c.strip() for c in line.strip("|").split("|"))
+        row = rows[what]
+        for cell, value in ((ours, row["jaxgrl, ms"]), (theirs, row["five lines, ms"])):
+            places = len(cell.partition(".")[2])
+            assert cell == f"{value:.{places}f}", line
+        assert ratio == f"{row['ratio']:.{len(ratio.partition('.')[2])}f}"
+
+
+def test_how_often_jaxgrl_is_right_is_that_of_the_saved_results(newest):
+    data = newest("correctness")
+    rows = [row for row in data["rows"] if row["group"] != "known limits"]
+    cells = [row["jaxgrl"] for row in rows]
+    each = [cell if isinstance(cell, list) else [cell, cell] for cell in cells]
+    newer, older = (
+        sum(c == "right" for c in column) for column in zip(*each, strict=True)
+    )
+    versions = data["versions"]["jax"], data["beside"][0]["jax"]
+    said = (
+        f"{newer} of {len(rows)} on JAX {versions[0]} and in {older} on {versions[1]}"
+    )
+    assert said in DOCUMENT
+
+
+def test_the_table_of_trainings_is_that_of_the_saved_results(newest):
+    rows = [row for row in newest("training")["rows"] if "ratio" in row]
+    shown = [
+        "{ratio:.2f} {interval}".format(**row) for row in rows if row["ratio"] != 1
+    ]
+    missing = [text for text in shown if text not in DOCUMENT]
+    assert len(shown) >= 14 and missing == []
+
+
+def test_the_table_of_adaptations_is_that_of_the_saved_results(newest):
+    rows = newest("adaptation")["summary"]
+    shown = ["{mean:.1f} ± {std:.1f}".format(**row) for row in rows]
+    missing = [text for text in shown if text not in DOCUMENT.replace("*", "")]
+    assert len(shown) >= 50 and missing == []

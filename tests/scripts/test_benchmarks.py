@@ -1,0 +1,140 @@
+"""The benchmarks in a short form: that each runs, and what it saves and draws."""
+
+import json
+import re
+import shutil
+
+import pytest
+from run_script import ROOT, load, run
+
+COMMANDS = ("adaptation", "correctness", "curves", "overhead", "plot", "timing")
+COMMANDS += ("training",)
+results = load("benchmarks/parts/results.py")
+
+
+def _short(name, *options, output):
+    """Returns what a benchmark printed, and what it saved."""
+    finished = run(f"benchmarks/{name}.py", *options, "--output", output)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (path,) = output.glob("*.json")
+    saved = results.read(path)
+    assert saved["complete"] and f"Saved in {path}" in finished.stdout
+    assert saved["command"].startswith(f"python benchmarks/{name}.py")
+    assert results.whole(output, name) == [] or name == "curves"  # a quick run is none
+    return finished.stdout, saved["rows"]
+
+
+def test_a_file_beside_the_parts_is_a_command():
+    folder = ROOT / "benchmarks"
+    assert sorted(path.stem for path in folder.glob("*.py")) == sorted(COMMANDS)
+    main = 'if __name__ == "__main__":'
+    for path in folder.rglob("*.py"):
+        text = path.read_text()
+        assert (main in text) == (path.parent == folder), path
+        assert "sys.path" not in text, path
+
+
+@pytest.mark.slow
+def test_timing_measures_every_section(tmp_path):
+    printed, rows = _short("timing", "--quick", output=tmp_path)
+    sections = {row["section"] for row in rows}
+    assert sections == {"steps", "calls", "growth", "devices", "import"}
+    assert "No claim was judged." in printed
+    ratios = [row["ratio"] for row in rows if row["section"] in ("steps", "devices")]
+    assert len(ratios) == 6 and all(0.1 < ratio < 10 for ratio in ratios)
+
+
+@pytest.mark.slow
+def test_training_runs_without_pytorch_and_with_it(tmp_path):
+    options = ("--quick", "--only", "PyTorch eager", "JAX by hand")
+    printed, rows = _short("training", *options, output=tmp_path)
+    trained = {row["trainer"]: row for row in rows if row["what"] == "training"}
+    assert list(trained) == ["jaxgrl + NNX", "JAX by hand", "PyTorch eager"]
+    torch = trained.pop("PyTorch eager")
+    assert torch["settings"].startswith("not installed: torch") or torch["ratio"] > 0
+    # By hand it is the same training, to rounding.
+    assert trained["JAX by hand"]["apart"] < 0.1
+    for row in trained.values():
+        assert len(row["seconds"]) == 2 and row["steps/s"] > 0
+        # The products alone take less time than the step that holds them, as a rule;
+        # on a busy machine they may be disturbed and the step not.
+        assert 0 < row["share"] < 10
+    (swept,) = [row for row in rows if row["what"] == "sweep"]
+    assert swept["trainer"] == "one program, lax.map on each device"
+    assert "No claim was judged." in printed
+
+
+def test_the_products_of_a_step_are_all_that_a_training_step_multiplies():
+    trainers = load("benchmarks/parts/trainers.py")
+    task = trainers.Task(hidden=100, steps=100, device="cpu")
+    features, kernels = trainers.operands(task)
+    counted = []
+
+    class Counted:
+        """A matrix that notes the flops of each product."""
+
+        def __init__(self, shape):
+            self.shape, self.T = shape, self
+            self.T = None
+
+        def __matmul__(self, other):
+            counted.append(2 * self.shape[0] * self.shape[1] * other.shape[1])
+            assert self.shape[1] == other.shape[0]
+            return matrix((self.shape[0], other.shape[1]))
+
+        def __getitem__(self, index):
+            rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+            sizes = zip(self.shape, (rows, columns), strict=True)
+            return matrix(tuple(len(range(n)[part]) for n, part in sizes))
+
+        def __len__(self):
+            return self.shape[0]
+
+    def matrix(shape):
+        one, other = Counted(shape), Counted(shape[::-1])
+        one.T, other.T = other, one
+        return one
+
+    again, grads = trainers.products(
+        matrix(features.shape), {name: matrix(k.shape) for name, k in kernels.items()}
+    )
+    assert again.shape == features.shape
+    shapes = [grad.shape for grad in grads]
+    assert all(kernel.shape in shapes for kernel in kernels.values())
+    rows, batch = 2 * trainers.BATCH, trainers.BATCH
+    forward = {
+        name: 2 * (batch if name == "classifier" else rows) * inputs * outputs
+        for name, (inputs, outputs) in task.layers().items()
+    }
+    # Forward and two gradients backward, but nobody needs that of the data.
+    assert sum(counted) == 3 * sum(forward.values()) - forward["features"]
+
+
+@pytest.mark.slow
+def test_curves_saves_and_draws_what_it_prints(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    options = ("--seeds", "2", "--steps", "100", "--pictures", pictures)
+    printed, rows = _short("curves", *options, output=tmp_path)
+    for name in ("runs.png", "choices.png"):
+        drawn = (pictures / name).read_bytes()
+        assert drawn.startswith(b"\x89PNG") and 20_000 < len(drawn) < 300_000
+    (default,) = [row for row in rows if row["setting"] == ""]
+    mean = sum(default["target accuracy"]) / 2
+    assert re.search(rf"target accuracy +{mean:.3f} ±", printed)
+
+
+def test_plot_draws_the_saved_results_and_only_whole_ones(tmp_path):
+    saved = ROOT / "benchmarks" / "results"
+    for path in saved.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    finished = run("benchmarks/plot.py", "--results", tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    assert drawn == {path.name for path in saved.glob("*.png")}
+    for path in tmp_path.glob("*.json"):
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps(data | {"complete": False}))
+    refused = run("benchmarks/plot.py", "--results", tmp_path)
+    assert refused.returncode == 2
+    assert "--results must be a folder with whole results, got" in refused.stderr
