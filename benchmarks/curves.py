@@ -155,7 +155,8 @@ def train_all(seeds, steps):
     runs = [change for change, _ in RUNS.values()] + [TWICE]
     wanted = [{key: v} for key, (_, values) in CHOICES.items() for v in values]
     wanted += [{"scale": 0.0, "rate": rate} for rate in CHOICES["rate"][1]]
-    changes = {name(change): change for change in runs + wanted}
+    # Of the same setting, the first: the runs that are drawn over the steps.
+    changes = {name(change): change for change in reversed(runs + wanted)}
     results = {}
     for own_name, change in tqdm(changes.items(), unit="setting"):
         own = {key: v for key, v in change.items() if key != "width"}
