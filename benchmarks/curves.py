@@ -230,7 +230,7 @@ def draw_runs(results, steps):
         axis.grid(alpha=0.25)
     figure.supxlabel("training step", size=10)
     figure.suptitle(
-        "A DANN that works, and five that do not; yellow panels give the failure away\n"
+        "A DANN that works and five that fail. Yellow panels show the failure.\n"
         "thin: seeds; thick: mean; dashed: the scale weights the domain loss as well\n"
         "orange diamond: accuracy of a new, linear domain classifier at the end",
         size=11,
@@ -263,7 +263,9 @@ def draw_choices(results):
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.3)
     axes[0, 1].legend(loc="center right", fontsize=9)
-    figure.suptitle("DANN on rotated digits, one choice varied at a time (axis cut)")
+    figure.suptitle(
+        "DANN on rotated digits, one choice varied at a time. Axes do not start at 0"
+    )
     return figure
 
 
