@@ -25,7 +25,7 @@ Three rules choose a scale, over all 27 rows:
     InfoMax                the best mean of InfoMax over the seeds
     InfoMax, nearest to 1  among the scales that are not clearly worse than that, by one
                            standard error of the difference paired by seed, the one
-                           nearest to 1; criteria.py has the definition
+                           nearest to 1; parts/criteria.py has the definition
     always 1               the paper's
 
 The claims: DANN or CDAN is above source only, with a 95 % interval clear of zero, on at
@@ -51,14 +51,12 @@ import pathlib
 import time
 from typing import Any
 
-import criteria
 import jax
 import jax.numpy as jnp
 import numpy as np
-import report
 import scipy.stats
-import tasks
 from flax import nnx
+from parts import criteria, report, tasks
 from tqdm import tqdm
 
 import jaxgrl

@@ -36,9 +36,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from report import Record, Row, interruptible, make_parser, print_table, versions
-from reversals import REVERSALS
-from situations import SITUATIONS, Situation
+from parts.report import Record, Row, interruptible, make_parser, print_table, versions
+from parts.reversals import REVERSALS
+from parts.situations import SITUATIONS, Situation
 from tqdm import tqdm
 
 Cell = dict[str, str]  # verdict: right, wrong or error; text: what came out
@@ -60,7 +60,7 @@ README = (
     "stop_gradient trick",
     "optax.scale_gradient",
 )
-WIDTH = 64  # of the texts on a terminal; the file of results has them whole
+WIDTH, SAVED = 64, 100  # of a text on a terminal and in the file of results
 
 
 def main() -> None:
@@ -133,16 +133,21 @@ def run_here(situations: list[Situation]) -> dict[str, Any]:
 
 
 def make_rows(situations: list[Situation], runs: dict[str, Cells]) -> list[Row]:
-    """Returns the rows that are kept: a situation, an implementation, what came out."""
-    return [
-        {
-            "group": situation.group,
-            "situation": situation.name,
-            "implementation": name,
-            **{f"jax {v}": cells[situation.name][name] for v, cells in runs.items()},
-        }
-        for situation, name in itertools.product(situations, REVERSALS)
-    ]
+    """Returns the rows that are saved (see parts/results.py)."""
+    rows = []
+    for situation, cells in _grid(situations, runs):
+        row: Row = {"group": situation.group, "situation": situation.name}
+        for name, each in cells.items():
+            texts = [saved(cell) for cell in each]
+            row[name] = texts[0] if len(set(texts)) == 1 else texts
+        rows.append(row)
+    return rows
+
+
+def saved(cell: Cell) -> str:
+    """Returns a cell as text."""
+    text = f"{cell['verdict']}: {cell['text']}".removesuffix(": ")
+    return text if len(text) <= SAVED else f"{text[: SAVED - 3]}..."
 
 
 def run_cells(situations: list[Situation]) -> Cells:

@@ -52,7 +52,8 @@ from jax.experimental import topologies
 from jax.extend.core import Var
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import (
+from parts.counts import AGAINST, COLUMNS, FORWARD, Counts, to_row
+from parts.programs import (
     PROGRAMS,
     SCALES,
     SWEEP,
@@ -64,8 +65,8 @@ from programs import (
     one_rule,
     sweep,
 )
-from report import Record, interruptible, make_parser, print_table
-from reversals import REVERSALS
+from parts.report import Record, interruptible, make_parser, print_table
+from parts.reversals import REVERSALS
 from tqdm import tqdm
 
 TPUS = {
@@ -78,17 +79,13 @@ TPUS = {
     "tpu7x": "tpu7x:2x2x1",
 }
 # From NVIDIA's device properties, in the form that XLA reads.
-H100 = pathlib.Path(__file__).parent / "h100.txtpb"
+H100 = pathlib.Path(__file__).parent / "parts" / "h100.txtpb"
 OTHERS = ("five lines", "stop_gradient trick", "optax.scale_gradient")
-FORWARD = ("ops", "fusions", "flops", "bytes", "copies", "temp bytes")
 BACKWARD = (*FORWARD, "residual bytes")
 COLLECTIVES = (
     "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
     "ragged-all-to-all|collective-broadcast"
 )
-
-
-Counts = dict[str, Any]
 
 
 class Case(NamedTuple):
@@ -248,7 +245,7 @@ def compare(case: Case, mesh: Mesh | None, run: bool) -> dict[str, Any]:
                 lambda a, s: jax.device_put(np.array(a), s.sharding), arguments, shapes
             )
             value = jax.tree.map(np.asarray, compiled(*copies))
-            if layer == {"forward": "none", "gradient": "by hand"}[part]:
+            if layer == AGAINST[part]:
                 oracles[part] = value
             elif part in oracles:
                 found["same bits"] = same_bits(value, oracles[part])
@@ -395,12 +392,13 @@ def main() -> None:
         record = Record(
             "overhead", args.output, device=None if args.backend == "cpu" else name
         )
+        record.data["counts"] = COLUMNS
         mesh = Mesh(np.array(devices), ("devices",))
         cases = make_cases(quick=args.quick, compiled_only=not run)
         rows, failed = [], []
         for case in tqdm(cases, desc=name, unit="case", leave=False):
             counts = compare(case, mesh if case.sharded else None, run)
-            record.add({"case": case._asdict(), "counts": counts})
+            record.add(to_row(case._asdict(), counts))
             rows.append(table_row(case, counts))
             failed += judge(case, counts)
             if len(rows) % 20 == 0:

@@ -1,40 +1,30 @@
-"""Draws the pictures of benchmarks/README.md from the results that are kept.
+"""Draws the pictures of the benchmarks from the saved results.
 
 It also prints the table of the devices that programs were compiled for.
 
     python benchmarks/plot.py                   # from and to benchmarks/results
     python benchmarks/plot.py --results FOLDER
 
-Of each benchmark, the newest complete file is drawn. Needs matplotlib.
+For each benchmark it draws the newest complete file. Needs matplotlib.
 """
 
 import argparse
-import json
 import pathlib
 from collections import Counter
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from parts import counts, pictures
+from parts.pictures import BLUE as GOOD
+from parts.pictures import GREY, INK, PURPLE
+from parts.pictures import ORANGE as WORSE
+from parts.results import newest, whole
 
-HERE = pathlib.Path(__file__).parent
-GOOD, WORSE, ERROR = "#0072B2", "#D55E00", "#BBBBBB"  # told apart by colour-blind eyes
-INK = "#333333"
-EXAMPLE = ("conv + attention", "bfloat16")
-
-
-def load(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
-    """Returns the whole results of a benchmark that are kept, by file name."""
-    found = [json.loads(p.read_text()) for p in sorted(folder.glob(f"{name}-*.json"))]
-    return [d for d in found if d["complete"] and "--quick" not in d["command"]]
-
-
-def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
-    """Returns the newest whole results of a benchmark on the CPU, if there are."""
-    found = [d for d in load(folder, name) if d["machine"]["device"] == "cpu"]
-    return max(found, key=lambda d: d["date"], default=None)
+RESULTS = pathlib.Path(__file__).parent / "results"
+LAYERS = ("jaxgrl", "five lines", "stop_gradient trick", "optax.scale_gradient")
+EXAMPLE = ("conv + attention", "bfloat16", "per example")
 
 
 def machine_line(data: dict[str, Any]) -> str:
@@ -48,10 +38,9 @@ def machine_line(data: dict[str, Any]) -> str:
 
 
 def save(figure: Figure, data: dict[str, Any], path: pathlib.Path) -> None:
-    """Writes a picture, on white, so that it is legible on any background."""
+    """Writes a picture with a line that says where its numbers come from."""
     figure.supxlabel(machine_line(data), fontsize=7, color=INK)
-    figure.savefig(path, dpi=150, facecolor="white")
-    print(path)
+    pictures.save(figure, path)
 
 
 def print_overheads(folder: pathlib.Path) -> None:
@@ -59,26 +48,30 @@ def print_overheads(folder: pathlib.Path) -> None:
 
     The counts are of one program, jaxgrl / by hand.
     """
-    columns = ("ops", "fusions", "flops", "bytes", "temp bytes")
     header = ("device", "jax", "programs", "forward", "gradient", "collectives")
+    columns = [column for column in counts.FORWARD if column != "copies"]
     print(f"\n| {' | '.join([*header, *columns])} |")
     print("| --- " * (len(header) + len(columns)) + "|")
-    for data in load(folder, "overhead"):
-        gradients = [row["counts"]["gradient"] for row in data["rows"]]
-        forwards = [row["counts"]["forward"] for row in data["rows"]]
+    for data in whole(folder, "overhead"):
+        programs = [counts.from_row(row) for row in data["rows"]]
+        forwards = [parts["forward"] for _, parts in programs]
+        gradients = [parts["gradient"] for _, parts in programs]
         differ = sum(f["jaxgrl"][c] != f["none"][c] for f in forwards for c in columns)
         moved = sum(
             g["jaxgrl"]["collectives"] != g["by hand"]["collectives"] for g in gradients
         )
-        cells = [data["machine"]["device"], data["versions"]["jax"], len(gradients)]
+        cells = [
+            data["machine"]["device"].removesuffix(" compiled"),
+            data["versions"]["jax"],
+            len(gradients),
+        ]
         cells += ["equal" if not differ else f"{differ} counts differ"]
         cells += ["no worse" if data["holds"] else f"{len(data['failures'])} worse"]
         cells += ["the same" if not moved else f"{moved} differ"]
         example = next(
-            gradient
-            for row, gradient in zip(data["rows"], gradients, strict=True)
-            if (row["case"]["program"], row["case"]["dtype"]) == EXAMPLE
-            and row["case"]["scale"] == "per example"
+            parts["gradient"]
+            for case, parts in programs
+            if (case["program"], case["dtype"], case["scale"]) == EXAMPLE
         )
         for column in columns:
             pair = [example[layer][column] for layer in ("jaxgrl", "by hand")]
@@ -86,142 +79,103 @@ def print_overheads(folder: pathlib.Path) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
+def kind_of(ours: counts.Counts, limit: counts.Counts) -> str:
+    """Returns how a gradient program compares with the reversal by hand."""
+    if "error" in ours:
+        return "does not run"
+    if ours["same bits"] is False:
+        return "other bits"
+    more = any(ours[c] > limit[c] for c in counts.FORWARD)
+    return (
+        "same bits, more work or memory" if more else "same bits, no more of anything"
+    )
+
+
 def draw_overhead(data: dict[str, Any], path: pathlib.Path) -> None:
     """Draws how many programs are equal to by hand, and the bytes of the others."""
-    layers = ("jaxgrl", "five lines", "stop_gradient trick", "optax.scale_gradient")
-    columns = ("ops", "fusions", "flops", "bytes", "copies", "temp bytes")
-    counts = {layer: Counter() for layer in layers}
-    extra: dict[str, list[float]] = {layer: [] for layer in layers}
-    for row in data["rows"]:
-        gradient = row["counts"]["gradient"]
-        limit = gradient["by hand"]
-        for layer in layers:
-            ours = gradient[layer]
-            if "error" in ours:
-                counts[layer]["does not run"] += 1
-                continue
-            more = any(ours[c] > limit[c] for c in columns)
-            equal = not more and ours.get("same bits", True)
-            counts[layer]["equal or less" if equal else "more, or other bits"] += 1
-            extra[layer].append(100 * (ours["bytes"] / limit["bytes"] - 1))
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    start = np.zeros(len(layers))
     colors = {
-        "equal or less": GOOD,
-        "more, or other bits": WORSE,
-        "does not run": ERROR,
+        "same bits, no more of anything": GOOD,
+        "same bits, more work or memory": WORSE,
+        "other bits": PURPLE,
+        "does not run": GREY,
     }
+    found = {layer: Counter() for layer in LAYERS}
+    extra: dict[str, list[tuple[float, str]]] = {layer: [] for layer in LAYERS}
+    for row in data["rows"]:
+        gradient = counts.from_row(row)[1]["gradient"]
+        limit = gradient["by hand"]
+        for layer in LAYERS:
+            kind = kind_of(gradient[layer], limit)
+            found[layer][kind] += 1
+            if kind != "does not run":
+                more = 100 * (gradient[layer]["bytes"] / limit["bytes"] - 1)
+                extra[layer].append((more, colors[kind]))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    start = np.zeros(len(LAYERS))
     for kind, color in colors.items():
-        width = np.array([counts[layer][kind] for layer in layers])
-        bars = left.barh(layers, width, left=start, color=color, label=kind)
-        left.bar_label(
-            bars,
-            [str(w) if w else "" for w in width],
-            label_type="center",
-            color="black" if color == ERROR else "white",
-        )
+        width = np.array([found[layer][kind] for layer in LAYERS])
+        bars = left.barh(LAYERS, width, left=start, color=color)
+        # A number that is wider than its bar is left to the table.
+        texts = [str(w) if w > 1 else "" for w in width]
+        ink = "black" if color == GREY else "white"
+        left.bar_label(bars, texts, label_type="center", color=ink)
         start = start + width
     left.invert_yaxis()
-    left.set(title="Gradient programs, beside the reversal by hand", xlabel="programs")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+    left.margins(x=0)
+    left.set_title("Gradient programs against the reversal by hand", fontsize=10)
+    left.set_xlabel("programs")
     rng = np.random.default_rng(0)
-    for y, layer in enumerate(layers):
-        jitter = y + rng.uniform(-0.25, 0.25, len(extra[layer]))
-        color = GOOD if layer == "jaxgrl" else WORSE
-        right.plot(extra[layer], jitter, "o", ms=4, alpha=0.6, color=color, mew=0)
+    for y, layer in enumerate(LAYERS):
+        for more, color in extra[layer]:
+            at = y + rng.uniform(-0.25, 0.25)
+            right.plot(more, at, "o", ms=4, alpha=0.6, color=color, mew=0)
     right.axvline(0, color=INK, lw=0.8)
-    right.set(
-        title="Memory traffic of those that run", xlabel="bytes more than by hand [%]"
-    )
+    right.set_title("Memory traffic of the programs that run", fontsize=10)
+    right.set_xlabel("more than by hand [%]")
     right.grid(axis="x", alpha=0.3)
-    save(figure, data, path)
-
-
-def draw_timing(data: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws the ratios of step times with their intervals."""
-    rows = [r for r in data["rows"] if r["section"] in ("steps", "devices")]
-    figure = Figure(figsize=(9, 0.34 * len(rows) + 1.4), layout="constrained")
-    axis = figure.subplots()
-    for y, row in enumerate(rows):
-        own = "jaxgrl" in row["what"]
-        axis.plot([row["low"], row["high"]], [y, y], color=GOOD if own else "0.6", lw=4)
-        axis.plot(row["ratio"], y, "o", color="white", mec=INK, ms=6)
-    axis.axvline(1, color=INK, lw=0.8)
-    labels = [f"{r['what']}   ({r['milliseconds']:.3g} ms)" for r in rows]
-    axis.set_yticks(range(len(rows)), labels)
-    axis.invert_yaxis()
-    axis.set(
-        title="Step time: median ratio and its joint 95 % interval", xlabel="ratio"
-    )
-    axis.set_xlim(0.97, 1.06)
-    axis.grid(axis="x", alpha=0.3)
-    save(figure, data, path)
-
-
-def draw_correctness(data: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws the matrix of situations and implementations, a half cell per JAX."""
-    rows = data["rows"]
-    situations = list(dict.fromkeys(row["situation"] for row in rows))
-    layers = list(dict.fromkeys(row["implementation"] for row in rows))
-    versions = [key for key in rows[0] if key.startswith("jax ")]
-    code = {"right": 0, "wrong": 1, "error": 2}
-    image = np.zeros((len(situations), len(layers) * len(versions)))
-    for row in rows:
-        y, x = situations.index(row["situation"]), layers.index(row["implementation"])
-        for i, version in enumerate(versions):
-            image[y, x * len(versions) + i] = code[row[version]["verdict"]]
-    figure = Figure(figsize=(9, 0.2 * len(situations) + 2.2), layout="constrained")
-    axis = figure.subplots()
-    colors = ListedColormap([GOOD, WORSE, ERROR])
-    axis.imshow(image, cmap=colors, aspect="auto", vmin=0, vmax=2, interpolation="none")
-    limits = {r["situation"] for r in rows if r["group"] == "known limits"}
-    labels = [f"known limit: {s}" if s in limits else s for s in situations]
-    axis.set_yticks(range(len(situations)), labels, fontsize=8)
-    middle = len(versions) * (np.arange(len(layers)) + 0.5) - 0.5
-    axis.set_xticks(middle, layers, rotation=30, ha="left")
-    axis.xaxis.tick_top()
-    axis.hlines(np.arange(1, len(situations)) - 0.5, *axis.get_xlim(), "white", lw=0.5)
-    edges = len(versions) * np.arange(1, len(layers)) - 0.5
-    axis.vlines(edges, *axis.get_ylim(), "white", lw=4)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    names = ("right", "silently wrong", "error")
-    handles = [
-        Patch(color=c, label=n)
-        for c, n in zip((GOOD, WORSE, ERROR), names, strict=True)
-    ]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0), "frameon": False}
-    title = (
-        f"within a cell: {', '.join(versions)}" if len(versions) > 1 else versions[0]
-    )
-    axis.legend(handles=handles, ncols=3, title=title, **place)
+    handles = [Patch(color=color, label=kind) for kind, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
     save(figure, data, path)
 
 
 def draw_training(data: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws the steps per second of every trainer, and the seconds of the sweep."""
-    rows = [row for row in data["rows"] if "seconds" in row]
+    """Draws the time of a step of every trainer, and the seconds of the sweep."""
     panels: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        kind = "steps a second" if row["what"] == "training" else "sweep, seconds"
-        panels.setdefault(f"{row['size']} network: {kind}", []).append(row)
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
-    for axis, (title, own) in zip(
-        figure.subplots(2, 2).flat, panels.items(), strict=False
-    ):
-        key = "sweep s" if "sweep" in title else "steps/s"
-        names = [row["trainer"] for row in own]
-        values = [row[key] for row in own]
+    for row in data["rows"]:
+        if "seconds" in row:
+            kind = {"training": "one training step", "sweep": "sweep, 40 trainings"}
+            title = f"{row['size'].capitalize()} network: {kind[row['what']]}"
+            panels.setdefault(title, []).append(row)
+    figure = Figure(figsize=(11, 3.4 * -(-len(panels) // 2)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
+    for axis, (title, rows) in zip(axes, panels.items(), strict=False):
+        sweep = rows[0]["what"] == "sweep"
+        names = [row["trainer"] for row in rows]
+        values = [row["sweep s"] if sweep else 1e6 / row["steps/s"] for row in rows]
         ours = [name.startswith(("jaxgrl", "one program")) for name in names]
         bars = axis.barh(names, values, color=[GOOD if o else "0.6" for o in ours])
-        axis.bar_label(
-            bars, [f"{value:.4g}" for value in values], padding=3, fontsize=8
-        )
+        shown = [f"{v:.1f}" if sweep else f"{v:,.0f}" for v in values]
+        axis.bar_label(bars, shown, padding=3, fontsize=8)
+        # How much of it the products alone take, in the same process.
+        if not sweep:
+            products = [row.get("products us", 0.0) for row in rows]
+            axis.barh(names, products, height=0.3, color="black", alpha=0.45)
         axis.invert_yaxis()
         axis.margins(x=0.15)
         axis.set_title(title, fontsize=10)
+        axis.set_xlabel("seconds" if sweep else "microseconds", fontsize=8)
         axis.tick_params(labelsize=8)
+    for axis in axes:
+        axis.set_visible(False)
+    handles = [
+        Patch(color=GOOD, label="jaxgrl"),
+        Patch(color="0.6", label="others"),
+    ]
+    if any("products us" in row for row in data["rows"]):
+        label = "plain products of the same matrices, alone"
+        handles.append(Patch(color="black", alpha=0.45, label=label))
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     save(figure, data, path)
 
 
@@ -301,8 +255,6 @@ def draw_adaptation(data: dict[str, Any], path: pathlib.Path) -> None:
 DRAW = {
     "adaptation": draw_adaptation,
     "overhead": draw_overhead,
-    "timing": draw_timing,
-    "correctness": draw_correctness,
     "training": draw_training,
 }
 
@@ -315,15 +267,16 @@ def main() -> None:
     parser.add_argument(
         "--results",
         type=pathlib.Path,
-        default=HERE / "results",
-        help="the folder of the results, and of the pictures",
+        default=RESULTS,
+        help="folder of the results and of the pictures",
     )
     folder = parser.parse_args().results
-    if not any(load(folder, name) for name in DRAW):
+    found = {name: newest(folder, name) for name in DRAW}
+    if not any(found.values()):
         parser.error(f"--results must be a folder with whole results, got {folder}")
-    for name, draw in DRAW.items():
-        if data := newest(folder, name):
-            draw(data, folder / f"{name}.png")
+    for name, data in found.items():
+        if data:
+            DRAW[name](data, folder / f"{name}.png")
     print_overheads(folder)
 
 

@@ -41,9 +41,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import Model, Program, conv_attention, identity, mlp
-from report import Record, Row, interruptible, make_parser, print_table
-from reversals import REVERSALS
+from parts.programs import Model, Program, conv_attention, identity, mlp
+from parts.report import Record, Row, interruptible, make_parser, print_table
+from parts.reversals import REVERSALS
 from tqdm import tqdm
 
 WIDTH = 0.02  # of the interval of a ratio

@@ -58,10 +58,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import report
-import trainers
+from parts import report, trainers
+from parts.trainers import CHUNK
 from tqdm import tqdm
-from trainers import CHUNK
 
 SIZES = {"small": 100, "middle": 256, "large": 512}
 APART = 0.1

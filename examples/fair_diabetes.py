@@ -1,10 +1,10 @@
 """Features that say less about a protected attribute, with the parts of a DANN.
 
 scikit-learn's diabetes data: 442 patients, nine measurements and their sex, which is
-kept from the inputs, and the progression of the disease a year later. The network
-predicts the progression; its "domains" are the two sexes, so the reversed gradient
-takes out of the features what tells them apart. Nothing else differs from adaptation,
-but that every patient is labelled.
+no input, and the progression of the disease a year later. The network predicts the
+progression. Its "domains" are the two sexes, so the reversed gradient removes from the
+features what distinguishes them. The only other difference to adaptation is that every
+patient has a label.
 
     python examples/fair_diabetes.py
 
@@ -18,16 +18,7 @@ may find what a linear one does not, 442 patients are few, and invariance is one
 of fairness among several.
 """
 
-import argparse
-import datetime
 import functools
-import importlib.metadata
-import json
-import os
-import pathlib
-import platform
-import shlex
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +27,8 @@ import optax
 import scipy.stats
 import sklearn.datasets
 from flax import nnx
-from matplotlib.figure import Figure
+from support.pictures import draw_fairness
+from support.run import Run, make_parser, parse
 
 import jaxgrl
 from jaxgrl.nnx import DANN
@@ -75,7 +67,9 @@ def train(scale, key, rows, patients, steps):
     schedule = jaxgrl.dann_schedule(steps, end_value=scale)
     optimizer = optax.chain(
         optax.add_decayed_weights(1e-2),
-        optax.sgd(jaxgrl.dann_learning_rate(0.05, steps), momentum=0.9),
+        optax.sgd(
+            jaxgrl.dann_learning_rate(0.05, transition_steps=steps), momentum=0.9
+        ),
     )
 
     def train_step(state, step):
@@ -113,42 +107,10 @@ def measure(features, prediction, y, sex):
     )
 
 
-def plot(values, path):
-    """Draws the three measures over the scale."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    places = np.arange(len(SCALES))
-    for i, (axis, name) in enumerate(zip(figure.subplots(1, 3), MEASURES, strict=True)):
-        mean, std = values[..., i].mean(axis=1), values[..., i].std(axis=1, ddof=1)
-        axis.errorbar(places, mean, std, fmt="o-", color="#0072B2", capsize=3)
-        axis.set(title=name, xlabel="scale", ylabel=MEASURES[name])
-        axis.set_xticks(places, [f"{scale:g}" for scale in SCALES])
-        axis.set_ylim(0, None)
-        axis.grid(alpha=0.3)
-    figure.suptitle("Held-out patients, mean ± standard deviation over splits")
-    figure.savefig(path, dpi=110)
-
-
-def parse_args():
-    """Returns the options, checked."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--seeds", type=int, default=20, help="number of splits (default: 20)")
-    add("--steps", type=int, default=1000, help="of each run (default: 1000)")
-    add("--output", type=pathlib.Path, default="runs", help="folder (default: runs)")
-    args = parser.parse_args()
-    if not 2 <= args.seeds <= 1000:
-        parser.error(f"--seeds must be between 2 and 1000, got {args.seeds}")
-    if not 1 <= args.steps <= 10**6:
-        parser.error(f"--steps must be between 1 and 1000000, got {args.steps}")
-    return args
-
-
 def main():
-    """Trains every scale on every split at once, measures, keeps and shows it."""
-    args = parse_args()
-    now = datetime.datetime.now()
+    """Trains every scale on every split at once, measures, saves and shows it."""
+    parser = make_parser(__doc__, seeds=20, steps=1000)
+    args = parse(parser, seeds=(lambda v: 2 <= v <= 1000, "between 2 and 1000"))
     x, y, sex = load()
     orders = [np.random.default_rng(s).permutation(len(y)) for s in range(args.seeds)]
     rows = np.stack(orders)
@@ -159,31 +121,25 @@ def main():
         return train(scale, key, rows, whole, args.steps)
 
     every = jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)), in_axes=(0, None, None))
-    try:
+    facts = {"scales": SCALES, "measures": list(MEASURES)}
+    layout = "values[scale][seed][measure]"
+    with Run("fair_diabetes", args, layout=layout, **facts) as run:
         found = jax.jit(every)(jnp.array(SCALES), keys, rows[:, :TRAIN])
         features, predictions = map(np.asarray, found)
         values = np.array(
             [
                 [
-                    measure(
-                        features[i, s][test],
-                        predictions[i, s][test],
-                        y[test],
-                        sex[test],
-                    )
-                    for s, test in enumerate(rows[:, TRAIN:])
+                    measure(features[i, s][t], predictions[i, s][t], y[t], sex[t])
+                    for s, t in enumerate(rows[:, TRAIN:])
                 ]
                 for i in range(len(SCALES))
             ]
         )
-    except KeyboardInterrupt:
-        sys.exit("Interrupted: nothing was finished, and nothing is kept")
+        run.results["values"] = values.tolist()
     print(f"{'scale':>6}" + "".join(f"{name:>32}" for name in MEASURES))
     for scale, runs in zip(SCALES, values, strict=True):
-        cells = (
-            f"{m:.3f} ± {d:.3f}"
-            for m, d in zip(runs.mean(0), runs.std(0, ddof=1), strict=True)
-        )
+        pairs = zip(runs.mean(axis=0), runs.std(axis=0, ddof=1), strict=True)
+        cells = (f"{mean:.3f} ± {std:.3f}" for mean, std in pairs)
         print(f"{scale:6g}" + "".join(f"{cell:>32}" for cell in cells))
     change = values[SCALES.index(1.0)] - values[0]
     half = scipy.stats.t.ppf(0.975, args.seeds - 1) * scipy.stats.sem(change)
@@ -193,25 +149,11 @@ def main():
         )
     print(
         f"mean ± standard deviation over {args.seeds} splits; the interval is paired, "
-        f"95 %; splits overlap, which makes it narrower than it should be; on "
-        f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}"
+        "95 %. The splits overlap, so it is narrower than it should be."
     )
-    folder = args.output / f"fair_diabetes-{now:%Y%m%d-%H%M%S-%f}"
-    folder.mkdir(parents=True)
-    packages = ("jaxgrl", "jax", "flax", "optax", "scikit-learn")
-    results = {
-        "command": shlex.join(sys.argv),
-        "date": now.astimezone().isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in packages},
-        "layout": "values[scale][seed][measure]",
-        "scales": SCALES,
-        "measures": list(MEASURES),
-        "values": values.tolist(),
-    }
-    (folder / "results.json").write_text(json.dumps(results, indent=1))
-    plot(values, folder / "fair_diabetes.png")
-    print(f"Kept in {folder}")
+    if not args.no_plot:
+        draw_fairness(run, MEASURES, SCALES, values)
+    run.print_where()
 
 
 if __name__ == "__main__":

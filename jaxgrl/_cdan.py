@@ -1,38 +1,18 @@
-"""What the discriminator sees: features alone, or (CDAN) with the predictions."""
+"""What CDAN adds to DANN: maps of features and predictions, and entropy weights."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import ArrayLike
 
-from ._checks import check_floating, check_rows, checked_mask
+from ._checks import check_floating
+from ._domain_metrics import members, of_own_domain, sum_by_domain
 from ._dtypes import at_least_float32
-
-
-class DANNOutput(NamedTuple):
-    """What a DANN returns: ``domain_logits`` is None in evaluation."""
-
-    label_logits: Any
-    domain_logits: Any
-
-
-def domain_features(
-    features: Any, label_logits: Any, condition: Callable[[Any, Any], Any] | None
-) -> Any:
-    """Returns what is to be reversed and given to the domain discriminator."""
-    if condition is None:
-        return features
-    if getattr(label_logits, "ndim", 0) < 2 or label_logits.shape[-1] < 2:
-        raise ValueError(
-            "the label classifier must return [batch, C] with C 2 or more where "
-            "`condition` is given, got "
-            f"{getattr(label_logits, 'shape', type(label_logits).__name__)}."
-        )
-    wide = label_logits.astype(at_least_float32(label_logits.dtype))
-    return condition(features, jax.lax.stop_gradient(jax.nn.softmax(wide)))
+from ._entropy import check_classes, entropy, log_probabilities
 
 
 def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
@@ -179,27 +159,40 @@ def entropy_weights(
     label_logits: ArrayLike,
     domains: ArrayLike | None = None,
     *,
+    num_domains: int = 2,
     where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+    activation: Callable[..., Any] = jax.nn.softmax,
 ) -> jax.Array:
     """Returns the weights of CDAN+E: examples that are easy to classify count more.
 
-    ``1 + exp(-H)``, with H the entropy in nats of the softmax of each row, divided by
-    its mean over the domain, so that the balance of the domains stays as it is. Pass
-    it to ``jaxgrl.domain_loss(..., weights=weights)``.
+    ``1 + exp(-H)``, with H the entropy of each row's prediction in nats, divided by its
+    mean over the domain, so the balance of the domains stays as it is. Pass it to
+    ``jaxgrl.domain_loss(..., weights=weights)``.
 
     Args:
-      label_logits: ``[batch, C]``, floating.
-      domains: The domain of each example, ``[batch]``, integer or bool; None if all
-        are of one.
-      where: Which examples count, ``[batch]``, bool; all of them if None. Masked rows
-        get weight 0, and may hold anything.
+      label_logits: ``[..., C]``, floating: ``[batch, C]``, or ``[batch, H, W, C]`` for
+        a prediction per pixel.
+      domains: The domain of each row, integer or bool, 0 to K - 1, with the leading
+        axes of ``label_logits``, of their sizes or 1; None if all are of one.
+      num_domains: K, 2 or more.
+      where: Which rows count, bool, with the leading axes of ``label_logits``; all of
+        them if None. Masked rows may hold anything.
+      axis_name: The mapped axis that the batch is split over, in ``shard_map``,
+        ``pmap`` or ``vmap``, or a tuple of them. The means are then over all devices.
+        Under ``jit`` alone leave it out.
+      activation: ``jax.nn.softmax`` for one of C classes, or ``jax.nn.sigmoid`` for C
+        independent labels, whose entropies add. One logit, ``[..., 1]``, with a sigmoid
+        is a binary head.
 
     Returns:
-      ``[batch]``, float32 or wider, with mean 1 over what counts of each domain. No
-      gradient passes.
+      The leading axes of ``label_logits``, float32 or wider, with mean 1 over the rows
+      that count of each domain. A masked row has 0, so all are 0 if no row counts. A
+      row whose traced domain is out of range has nan. No gradient passes.
 
     Raises:
-      ValueError: If the shapes do not fit.
+      ValueError: If the shapes do not fit, a concrete domain is out of range, or
+        ``activation`` is another.
       TypeError: If a dtype does not fit.
 
     Example:
@@ -213,35 +206,24 @@ def entropy_weights(
       Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.3,
       https://arxiv.org/abs/1705.10667
     """
-    logits = jax.lax.stop_gradient(jnp.asarray(label_logits))
+    logits = jnp.asarray(label_logits)
     check_floating("label_logits", logits)
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise ValueError(
-            "`label_logits` must have shape [batch, C] with C 2 or more, got shape "
-            f"{logits.shape}."
-        )
-    batch = logits.shape[0]
-    domains = jnp.zeros(batch, jnp.int32) if domains is None else domains
-    kinds = (jnp.integer, jnp.bool_)
-    check_rows("domains", domains, batch, kinds, "an integer or bool")
-    mask = checked_mask(where, batch)
-
-    logits = logits.astype(at_least_float32(logits.dtype))
-    logits = jnp.where(mask[:, None], logits, 0)
-    log_p = jax.nn.log_softmax(logits)
-    p = jnp.exp(log_p)
-    # A probability of 0 adds nothing to the entropy, though its logarithm is infinite.
-    entropy = -jnp.sum(jnp.where(p == 0, 0, p * log_p), axis=1)
-    weights = jnp.where(mask, 1 + jnp.exp(-entropy), 0)
-    if not batch:
-        return weights
-    # The domains may be any integers: those present are numbered from 0.
-    _, domain = jnp.unique(jnp.asarray(domains), return_inverse=True, size=batch)
-    sums, counts = (
-        jax.ops.segment_sum(values, domain, batch)[domain]
-        for values in (weights, mask.astype(weights.dtype))
+    otherwise = (
+        "A regression head has no entropy: leave `weights` out of `domain_loss`. Under "
+        "a `vmap` over single rows pass its `axis_name`."
     )
-    return jnp.where(mask, weights * counts / jnp.where(mask, sums, 1), 0)
+    least = 2 if axis_name is None else 1  # one row alone would always weigh 1
+    check_classes("label_logits", logits, activation, otherwise, least)
+    shape = logits.shape[:-1]
+    domains = jnp.zeros((1,) * len(shape), jnp.int32) if domains is None else domains
+    member, mask = members(domains, num_domains, where, shape)
+    logits = lax.stop_gradient(jnp.where(mask[..., None], logits, 0))
+    logits = logits.astype(at_least_float32(logits.dtype))
+    values = 1 + jnp.exp(-entropy(log_probabilities(logits, activation)))
+    sums = sum_by_domain(values[..., None], member, axis_name)
+    counts = sum_by_domain(1, member, axis_name).astype(values.dtype)
+    # Each value is 1 or more, so their sum is too unless the domain has no row.
+    return values * of_own_domain(counts / jnp.maximum(sums, 1), member, mask)
 
 
 def _checked(

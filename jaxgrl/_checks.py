@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -13,20 +14,34 @@ def check_floating(name: str, value: Any) -> None:
 
 
 def check_rows(
-    name: str, value: ArrayLike, batch: int, kinds: tuple[Any, ...], kind: str
+    name: str, value: jax.Array, shape: tuple[int, ...], *kinds: Any
 ) -> None:
-    """Raises unless ``value`` is ``[batch]`` and of one of the kinds of dtype."""
-    value = jnp.asarray(value)
-    if not any(jnp.issubdtype(value.dtype, k) for k in kinds):
-        raise TypeError(f"`{name}` must have {kind} dtype, got {value.dtype}.")
-    if value.shape != (batch,):
+    """Raises unless ``value`` has a dtype of ``kinds`` and broadcasts to ``shape``.
+
+    With as many axes as ``shape``: NumPy would align the last ones, not the rows.
+    """
+    if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
+        names = " or ".join(kind.__name__.strip("_") for kind in kinds)
+        raise TypeError(f"`{name}` must be {names}, got {value.dtype}.")
+    sizes = zip(value.shape, shape, strict=False)
+    if value.ndim != len(shape) or any(n not in (1, m) for n, m in sizes):
         raise ValueError(
-            f"`{name}` must have shape [batch] = ({batch},), got shape {value.shape}."
+            f"`{name}` must have shape {shape}, or 1 in place of any size, got shape "
+            f"{value.shape}."
+            + f" Use `{with_axes(name, value.ndim, len(shape))}`."
+            * (value.ndim != len(shape))
         )
 
 
-def checked_mask(where: ArrayLike | None, batch: int) -> Any:
-    """Returns ``where`` as an array, checked; True everywhere if it is None."""
-    mask = jnp.ones(batch, bool) if where is None else jnp.asarray(where)
-    check_rows("where", mask, batch, (jnp.bool_,), "a bool")
-    return mask
+def checked_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
+    """Returns ``where``, checked and of ``shape``; True everywhere if it is None."""
+    mask = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    check_rows("where", mask, shape, jnp.bool_)
+    return jnp.broadcast_to(mask, shape)
+
+
+def with_axes(name: str, ndim: int, needed: int) -> str:
+    """Returns the expression that gives an array of ``ndim`` axes ``needed`` axes."""
+    added = [":"] * ndim + ["None"] * (needed - ndim)
+    index = added if needed > ndim else ["...", *["0"] * (ndim - needed)]
+    return name if ndim == needed else f"{name}[{', '.join(index)}]"

@@ -1,50 +1,119 @@
-"""The loss and the accuracy of a domain discriminator."""
+"""The loss and the accuracy of a domain discriminator, and the row weights of both."""
+
+import numbers
+from collections.abc import Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ._checks import check_floating, check_rows, checked_mask
+from ._checks import check_floating, check_rows, checked_mask, with_axes
 from ._dtypes import at_least_float32
+from ._entropy import log_probabilities
+
+
+def domain_weights(
+    domains: ArrayLike,
+    *,
+    num_domains: int = 2,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    """Returns each row's weight in a sum that is balanced over the domains.
+
+    ``1 / (D * n_d)`` for a row of domain d, with n_d the rows of that domain and D the
+    number of domains that have rows. The weights sum to 1. With them any loss per row
+    can be balanced::
+
+        weights = domain_weights(domains)
+        loss = jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))  # a hinge
+
+    Such a sum can be split. Take the weights of the whole batch: the losses of its
+    micro-batches add up to the loss, and so do the gradients, also those per example.
+
+    Args:
+      domains: The domain of each row, integer or bool, of any shape: 0 for the source
+        and 1 for the target, or 0 to K - 1.
+      num_domains: K, 2 or more.
+      where: Which rows count, bool, with as many axes as ``domains``, against which it
+        broadcasts; all if None. Masked domains may be anything.
+      axis_name: As in ``domain_loss``. The weights sum to 1 over all devices.
+
+    Returns:
+      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0, so all
+      are 0 if no row counts. A traced domain out of range has nan.
+
+    Raises:
+      ValueError: If the shapes do not fit, or a concrete domain is out of range;
+        outside ``jit``, ``domains`` is read for that.
+      TypeError: If a dtype does not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxgrl import domain_weights
+      >>> print(domain_weights(jnp.array([0, 1, 1, 1, 1])))
+      [0.5   0.125 0.125 0.125 0.125]
+
+    References:
+      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
+      https://jmlr.org/papers/v17/15-239.html
+    """
+    shape = jnp.asarray(domains).shape
+    if where is not None and jnp.asarray(where).ndim == len(shape):
+        shape = jnp.broadcast_shapes(shape, jnp.asarray(where).shape)
+    member, mask = members(domains, num_domains, where, shape)
+    return _row_weights(member, mask, axis_name, jnp.result_type(float))
 
 
 def domain_loss(
     logits: ArrayLike,
     domains: ArrayLike,
     *,
+    num_domains: int = 2,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
 ) -> jax.Array:
     """Returns the cross entropy of a domain discriminator, balanced over the domains.
 
-    The mean over the domains present of the mean over the examples of each::
+    It averages within each domain first, then across the domains that have rows, so
+    unequal numbers of source and target examples do not bias it::
 
         loss = 1/D * sum_d ( 1/n_d * sum_{i in d} cross_entropy(logits_i, d) )
 
-    so that unequal numbers of source and target examples do not tilt it. For two
-    domains this is half of the paper's sum of the source mean and the target mean.
+    This is the sum of ``domain_weights`` times cross entropy. For two domains it is
+    half of the paper's sum of the source mean and the target mean.
 
-    *Add* it to the label loss; the gradient reversal layer in front of the
+    *Add* it to the label loss. The gradient reversal layer in front of the
     discriminator does the subtracting, and only for the feature extractor. Do not
-    weight it with the reversal strength: that lives in the layer.
+    weight it with the reversal strength: that is in the layer.
 
     Args:
-      logits: The discriminator's output before any sigmoid or softmax, floating:
-        ``[batch]`` or ``[batch, 1]`` for two domains (the logit of domain 1), or
-        ``[batch, K]`` for K of them.
-      domains: The domain of each example, ``[batch]``, integer or bool: 0 for the
-        source and 1 for the target, or 0 to K - 1.
-      where: Which examples count, ``[batch]``, bool; all of them if None. Masked rows
-        may hold anything, nan and out-of-range domains included.
-      weights: What the cross entropy of each example is multiplied by, ``[batch]``,
-        floating; 1 if None. With mean 1 in each domain, as ``entropy_weights`` gives
-        them, the balance of the domains stays as it is.
+      logits: The discriminator's output before any sigmoid or softmax, floating. With
+        the axes of ``domains``, each is the logit of domain 1 of two. With one axis
+        more, that one has size ``num_domains``, or 1 for two domains.
+      domains: The domain of each row (example, pixel or token), integer or bool: 0 for
+        the source and 1 for the target, or 0 to K - 1. Any axis may have size 1:
+        ``[batch]`` goes with logits ``[batch]`` or ``[batch, K]``, and
+        ``domains[:, None, None]`` with ``[batch, H, W]`` or ``[batch, H, W, K]``.
+      num_domains: K, 2 or more.
+      where: Which rows count, bool, with the axes of ``domains``; all of them if None.
+        Masked rows may hold anything, nan and out-of-range domains included.
+      weights: What each row's cross entropy is multiplied by, floating, with the axes
+        of ``domains``; 1 if None. With mean 1 in each domain, as ``entropy_weights``
+        gives them, the balance of the domains stays as it is.
+      axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
+        splits the batch. Each device returns its part times the axis size: take
+        ``jax.lax.pmean`` of the loss, inside the function that you differentiate, and
+        of the gradient. Both are then those of the whole batch. Under ``jit`` alone
+        leave it out.
 
     Returns:
-      A scalar, float32 or wider. It is 0, with a gradient of zeros, if no example
-      counts. A traced domain out of range gives nan.
+      A scalar, float32 or wider. It is 0, with a gradient of zeros, if no row counts
+      (an empty or a fully masked batch). A traced domain out of range gives nan.
 
     Raises:
       ValueError: If the shapes do not fit, or a concrete domain is out of range;
@@ -62,44 +131,48 @@ def domain_loss(
       Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
       https://jmlr.org/papers/v17/15-239.html
     """
-    logits, domains, mask = _checked(logits, domains, where)
-    if logits.shape[1] == 1:
-        losses = optax.losses.sigmoid_binary_cross_entropy(
-            logits[:, 0], domains.astype(logits.dtype)
-        )
-    else:
-        losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, domains)
-    losses = jnp.where(_in_range(domains, logits), losses, jnp.nan)
+    logits, member, mask = _checked(logits, domains, num_domains, where)
+    activation = jax.nn.sigmoid if logits.shape[-1] == 1 else jax.nn.softmax
+    log_p = jnp.squeeze(log_probabilities(logits, activation), axis=-2)
+    losses = -jnp.sum(jnp.where(member, log_p, 0), axis=-1)
     if weights is not None:
-        check_rows("weights", weights, len(losses), (jnp.floating,), "a floating")
-        weights = jnp.asarray(weights).astype(losses.dtype)
-        losses = losses * jnp.where(mask, weights, 0)
-    return _balanced_mean(losses, domains, mask, _num_domains(logits))
+        given = jnp.asarray(weights)
+        check_rows("weights", given, losses.shape, jnp.floating)
+        losses = losses * jnp.where(mask, given, 0).astype(losses.dtype)
+    rows = _row_weights(member, mask, axis_name, losses.dtype)
+    return _over_devices(1, axis_name) * jnp.sum(rows * losses)
 
 
 def domain_accuracy(
-    logits: ArrayLike, domains: ArrayLike, *, where: ArrayLike | None = None
+    logits: ArrayLike,
+    domains: ArrayLike,
+    *,
+    num_domains: int = 2,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
 ) -> jax.Array:
     """Returns the balanced accuracy of a domain discriminator.
 
-    The mean over the domains present of the share of their examples that are assigned
-    to them. 1 means that the features give their domain away; ``1 / K`` that the
+    The mean, over the domains that have rows, of the share of rows that are assigned to
+    their domain. 1 means that the features give their domain away; ``1 / K`` that the
     discriminator cannot tell the K domains apart, whatever their sizes.
 
     Args:
-      logits: As in ``domain_loss``: ``[batch]``, ``[batch, 1]`` or ``[batch, K]``.
-      domains: As in ``domain_loss``: ``[batch]``, integer or bool.
-      where: As in ``domain_loss``: ``[batch]``, bool, or None.
+      logits: As in ``domain_loss``, and so are the others.
+      domains: The domain of each row.
+      num_domains: K, 2 or more.
+      where: Which rows count.
+      axis_name: The mapped axis that splits the batch. ``jax.lax.pmean`` of what the
+        devices return is the accuracy of the whole batch.
 
     Returns:
       A scalar, float32 or wider, that stays on the device. It is nan where there is no
-      accuracy: if no example counts, if a logit that counts is nan, or if a traced
-      domain is out of range.
+      accuracy: if no row counts (an empty or a fully masked batch), if a logit that
+      counts is nan, or if a traced domain is out of range.
 
     Raises:
-      ValueError: If the shapes do not fit, or a concrete domain is out of range;
-        outside ``jit``, ``domains`` is read for that.
-      TypeError: If a dtype does not fit.
+      ValueError: As in ``domain_loss``.
+      TypeError: As in ``domain_loss``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -112,81 +185,114 @@ def domain_accuracy(
       Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
       https://jmlr.org/papers/v17/15-239.html
     """
-    logits, domains, mask = _checked(logits, domains, where)
-    if logits.shape[1] == 1:
-        predictions = (logits[:, 0] > 0).astype(domains.dtype)
-    else:
-        predictions = jnp.argmax(logits, axis=1).astype(domains.dtype)
-    hits = (predictions == domains).astype(logits.dtype)
-    valid = _in_range(domains, logits) & ~jnp.any(jnp.isnan(logits), axis=1)
-    accuracy = _balanced_mean(hits, domains, mask, _num_domains(logits))
-    return jnp.where(jnp.all(valid) & jnp.any(mask), accuracy, jnp.nan)
+    logits, member, mask = _checked(logits, domains, num_domains, where)
+    one = logits.shape[-1] == 1
+    chosen = logits[..., 0] > 0 if one else jnp.argmax(logits, axis=-1)
+    hits = member & jax.nn.one_hot(chosen.astype(jnp.int32), num_domains, dtype=bool)
+    hits = jnp.any(hits, axis=-1).astype(logits.dtype)
+    hits = jnp.where(jnp.any(jnp.isnan(logits), axis=-1), jnp.nan, hits)
+    rows = _row_weights(member, mask, axis_name, logits.dtype)
+    # 1 but for rounding; 0 if no row counts on any device, and 0 / 0 is nan.
+    total = _over_devices(jnp.sum(rows), axis_name)
+    return _over_devices(1, axis_name) * jnp.sum(rows * hits) / total
 
 
-def _checked(
-    logits: ArrayLike, domains: ArrayLike, where: ArrayLike | None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns logits [batch, 1 or K], domains [batch] and mask [batch], all checked.
+def members(
+    domains: ArrayLike,
+    num_domains: int,
+    where: ArrayLike | None,
+    shape: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns which domain each row counts for, one-hot ``[*shape, K]``, and the mask.
 
-    Masked rows come back as zeros: a gradient through whatever they held could be nan.
+    Not as indices: on an Explicit mesh JAX refuses to sort or gather by them.
     """
-    if logits is None:
-        raise TypeError(
-            "`logits` must be an array, got None: a DANN returns no domain logits in "
-            "evaluation, after eval() or with deterministic=True."
-        )
-    given = jnp.asarray(logits)
-    check_floating("logits", given)
-    if given.ndim not in (1, 2) or given.shape[1:] == (0,):
+    if not isinstance(num_domains, numbers.Integral) or num_domains < 2:
         raise ValueError(
-            "`logits` must have shape [batch], [batch, 1] or [batch, K], got shape "
-            f"{given.shape}."
+            f"`num_domains` must be a whole number, 2 or more, got {num_domains!r}."
         )
-    batch = given.shape[0]
-    kinds = (jnp.integer, jnp.bool_)
-    check_rows("domains", domains, batch, kinds, "an integer or bool")
-    mask = checked_mask(where, batch)
+    codes = jnp.asarray(domains)
+    check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
+    mask = checked_mask(where, shape)
+    # In NumPy, since under a trace even a constant becomes a tracer.
+    if _is_readable(domains) and _is_readable(where):
+        counted = np.asarray(domains)
+        counted = counted if where is None else np.where(where, counted, 0)
+        if counted.size and not 0 <= counted.min() <= counted.max() < num_domains:
+            raise ValueError(
+                f"`domains` must lie in 0 to {num_domains - 1} for "
+                f"`num_domains={num_domains}`, got {counted.min()} to {counted.max()}. "
+                "Pass a larger `num_domains`, or mask padding with `where`."
+            )
+    codes = jnp.broadcast_to(codes.astype(jnp.int32), shape)
+    member = jax.nn.one_hot(codes, num_domains, dtype=bool)
+    return member & mask[..., None], mask
 
-    wide = given.astype(at_least_float32(given.dtype))
-    wide = wide[:, None] if wide.ndim == 1 else wide
-    _check_range(domains, where, _num_domains(wide))
-    return (
-        jnp.where(mask[:, None], wide, 0),
-        jnp.where(mask, jnp.asarray(domains).astype(jnp.int32), 0),
-        mask,
+
+def sum_by_domain(
+    values: ArrayLike, member: jax.Array, axis_name: Hashable | None
+) -> jax.Array:
+    """Returns the sum over each domain's rows, on all devices, ``[1, ..., 1, K]``."""
+    rows = tuple(range(member.ndim - 1))
+    sums = jnp.sum(jnp.where(member, values, 0), axis=rows, keepdims=True)
+    return _over_devices(sums, axis_name)
+
+
+def of_own_domain(table: jax.Array, member: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns each row's entry of ``[1, ..., 1, K]``: masked 0, out of range nan."""
+    found = jnp.sum(jnp.where(member, table, 0), axis=-1)
+    return jnp.where(mask & ~jnp.any(member, axis=-1), jnp.nan, found)
+
+
+def _row_weights(
+    member: jax.Array, mask: jax.Array, axis_name: Hashable | None, dtype: Any
+) -> jax.Array:
+    counts = sum_by_domain(1, member, axis_name)
+    present = jnp.maximum(jnp.sum(counts > 0), 1).astype(dtype)
+    shares = 1 / (present * jnp.maximum(counts, 1).astype(dtype))
+    return of_own_domain(shares, member, mask)
+
+
+def _over_devices(value: Any, axis_name: Hashable | None) -> Any:
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    # One by one: psum refuses several axes if the value varies only over some.
+    for name in names if axis_name is not None else ():
+        value = jax.lax.psum(value, name)
+    return value
+
+
+def _is_readable(value: Any) -> bool:
+    return not isinstance(value, Tracer) and getattr(
+        value, "is_fully_addressable", True
     )
 
 
-def _check_range(domains: ArrayLike, where: ArrayLike | None, num_domains: int) -> None:
-    """Raises ValueError for a domain out of range, where its value is known."""
-    if any(isinstance(value, Tracer) for value in (domains, where)):
-        return
-    with jax.ensure_compile_time_eval():
-        counted = jnp.asarray(domains).astype(jnp.int32)
-        if where is not None:
-            counted = jnp.where(jnp.asarray(where), counted, 0)
-        if counted.size and not 0 <= counted.min() <= counted.max() < num_domains:
-            raise ValueError(
-                f"`domains` must lie in 0 to {num_domains - 1} for these logits, got "
-                f"{counted.min()} to {counted.max()}."
-            )
+def _checked(
+    logits: ArrayLike, domains: ArrayLike, num_domains: int, where: ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns logits ``[..., 1 or K]``, their ``members`` and mask, all checked.
 
-
-def _num_domains(logits: jax.Array) -> int:
-    return max(2, logits.shape[1])
-
-
-def _in_range(domains: jax.Array, logits: jax.Array) -> jax.Array:
-    return (domains >= 0) & (domains < _num_domains(logits))
-
-
-def _balanced_mean(
-    values: jax.Array, domains: jax.Array, mask: jax.Array, num_domains: int
-) -> jax.Array:
-    """Returns the mean over the domains present of the mean over their examples."""
-    member = jax.nn.one_hot(domains, num_domains, dtype=values.dtype)
-    member = jnp.where(mask[:, None], member, 0)
-    counts = jnp.sum(member, axis=0, keepdims=True)
-    present = jnp.sum(counts > 0, dtype=values.dtype)
-    weights = jnp.sum(member / jnp.maximum(counts, 1), axis=1) / jnp.maximum(present, 1)
-    return jnp.sum(weights * values)
+    Masked rows come back as zeros: a gradient through whatever they held could be nan.
+    """
+    z, d = jnp.asarray(logits), jnp.asarray(domains)
+    check_floating("logits", z)
+    last = z.shape[-1] if z.ndim else 1
+    sizes = (1, 2) if num_domains == 2 else (num_domains,)
+    per_class = z.ndim == d.ndim + 1 and last in sizes
+    # Two logits beside one domain could be two classes.
+    per_row = z.ndim == d.ndim and not (last == 2 and d.shape[-1] == 1)
+    if not per_class and not (per_row and num_domains == 2):
+        raise ValueError(
+            f"`logits` must have the axes of `domains`, or one more of size "
+            f"{' or '.join(map(str, sizes))}, got shape {z.shape} for `domains` of "
+            f"shape {d.shape} and `num_domains={num_domains}`. If the last axis has a "
+            f"logit for each domain, pass `num_domains={max(2, last)}` and "
+            f"`{with_axes('domains', d.ndim, max(0, z.ndim - 1))}`. If each logit has "
+            "a domain of its own, pass `num_domains=2`, `logits[..., None]` and "
+            f"`{with_axes('domains', d.ndim, z.ndim)}`."
+        )
+    shape = z.shape[:-1] if per_class else z.shape
+    member, mask = members(domains, num_domains, where, shape)
+    z = jnp.where(mask[..., None] if per_class else mask, z, 0)
+    z = z if per_class else z[..., None]
+    return z.astype(at_least_float32(z.dtype)), member, mask

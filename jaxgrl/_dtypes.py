@@ -1,5 +1,7 @@
-"""The dtype that a computation which must not lose accuracy is carried out in."""
+"""Real numbers and dtypes, and the dtype of what must not lose accuracy."""
 
+import functools
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,3 +12,25 @@ def at_least_float32(*dtypes: Any) -> Any:
     # Not promote_types, which refuses bfloat16 and float32 under strict promotion.
     double = any(dtype in (jnp.float64, jnp.complex128) for dtype in dtypes)
     return jnp.dtype(jnp.float64 if double else jnp.float32)
+
+
+@functools.cache
+def is_real(dtype: Any) -> bool:
+    """Returns whether a dtype is floating, integer or bool."""
+    return any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
+    )
+
+
+def as_float(name: str, number: Any) -> float:
+    """Returns a real number as a float; raises ValueError if it does not fit."""
+    try:
+        value = float(number)
+    except OverflowError:
+        value = math.inf
+    # NumPy's longdouble becomes inf without an OverflowError.
+    if math.isinf(value) and value != number:
+        raise ValueError(
+            f"`{name}` must fit into a float (1.8e308 at most), got a larger number."
+        )
+    return value

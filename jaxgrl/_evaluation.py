@@ -1,15 +1,17 @@
 """Two numbers that judge a trained network without target labels."""
 
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._checks import check_floating
-from ._dtypes import at_least_float32
+from ._checks import check_floating, checked_mask
+from ._dtypes import at_least_float32, is_real
+from ._entropy import check_classes, entropy, log_probabilities
 
 
 class ProxyADistance(NamedTuple):
@@ -45,8 +47,11 @@ def proxy_a_distance(
       binomial, as if the held-out predictions were independent.
 
     Raises:
-      ImportError: If scikit-learn is missing.
-      ValueError: If an argument breaks its rule.
+      ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).
+      TypeError: If features are complex, strings or objects.
+      ValueError: If features have fewer than two axes, no column, other trailing axes
+        than those of the other domain, or a value that is not finite and below 1e150;
+        or if ``folds`` is not a whole number in its range.
 
     Example:
       >>> import numpy as np
@@ -69,7 +74,8 @@ def proxy_a_distance(
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise ImportError(
-            "jaxgrl.proxy_a_distance needs scikit-learn: pip install scikit-learn"
+            "`jaxgrl.proxy_a_distance` needs scikit-learn. Install it with: "
+            "pip install 'scikit-learn>=1.5.2'"
         ) from error
     source, target = (
         _checked_features(name, value)
@@ -107,11 +113,14 @@ def proxy_a_distance(
 def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
     """Returns features as float64, checked."""
     array = np.asarray(value)
-    if np.iscomplexobj(array):
-        raise TypeError(f"`{name}` must be real, got {array.dtype}.")
+    if not is_real(array.dtype):
+        raise TypeError(f"`{name}` must have a real dtype, got {array.dtype}.")
     array = array.astype(np.float64)
     if array.ndim < 2 or 0 in array.shape[1:]:
-        raise ValueError(f"`{name}` must be [examples, ...], got shape {array.shape}.")
+        raise ValueError(
+            f"`{name}` must be [examples, ...] with one column or more, got shape "
+            f"{array.shape}."
+        )
     # Squares of what is larger are not finite.
     bad = ~(np.abs(array) < 1e150)
     if bad.any():
@@ -122,7 +131,12 @@ def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
     return array
 
 
-def information_maximization(target_logits: ArrayLike) -> jax.Array:
+def information_maximization(
+    target_logits: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    activation: Callable[..., Any] = jax.nn.softmax,
+) -> jax.Array:
     """Returns the mutual information of target inputs and predicted labels (InfoMax).
 
     The entropy of the mean prediction minus the mean entropy of the predictions, in
@@ -133,15 +147,22 @@ def information_maximization(target_logits: ArrayLike) -> jax.Array:
     frequent in the target as a certain classifier makes them.
 
     Args:
-      target_logits: The label logits of target examples, ``[batch, C]``, floating.
+      target_logits: The label logits of target examples, ``[..., C]``, floating:
+        ``[batch, C]``, or ``[batch, H, W, C]`` for a prediction per pixel.
+      where: Which rows count, bool, with the leading axes of ``target_logits``, of
+        their sizes or 1; all of them if None. Masked rows may hold anything.
+      activation: ``jax.nn.softmax`` for one of C classes, or ``jax.nn.sigmoid`` for C
+        independent labels: from 0 to C log 2, the sum over the labels. One logit,
+        ``[..., 1]``, with a sigmoid is a binary head.
 
     Returns:
-      A scalar, float32 or wider; nan if a logit is not finite, so that a diverged run
-      is never chosen (``max`` must not see nan: compare with ``jnp.nanargmax``).
+      A scalar, float32 or wider. It is nan if no row counts (all masked, or none
+      there), or if a logit that counts is not finite, so that a diverged run is never
+      chosen (``max`` must not see nan: compare with ``jnp.nanargmax``).
 
     Raises:
-      TypeError: If ``target_logits`` is not floating.
-      ValueError: If it is not ``[batch, C]`` with 2 classes or more, or empty.
+      TypeError: If a dtype does not fit.
+      ValueError: If a shape does not fit, or ``activation`` is another.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,17 +181,18 @@ def information_maximization(target_logits: ArrayLike) -> jax.Array:
     """
     logits = jnp.asarray(target_logits)
     check_floating("target_logits", logits)
-    if logits.ndim != 2 or not len(logits) or logits.shape[1] < 2:
-        raise ValueError(
-            "`target_logits` must be [batch, C] with C 2 or more, and not empty, got "
-            f"shape {logits.shape}."
-        )
+    otherwise = (
+        "A regression head has no classes: to choose its scale, compare the error on "
+        "held-out source examples and `proxy_a_distance` of the features. Small values "
+        "of both are needed, but do not prove a small error on the target."
+    )
+    check_classes("target_logits", logits, activation, otherwise)
+    mask = checked_mask(where, logits.shape[:-1])
+    logits = jnp.where(mask[..., None], logits, 0)
     logits = logits.astype(at_least_float32(logits.dtype))
-    log_p = jax.nn.log_softmax(logits)
-    p = jnp.exp(log_p)
-    # Not entr(p), whose gradient at a probability of exactly 0 is nan.
-    log_p = jnp.where(p == 0, 0, log_p)
-    mean_p = jnp.mean(p, axis=0)
-    log_mean = jnp.log(jnp.where(mean_p == 0, 1, mean_p))
-    mutual = jnp.mean(jnp.sum(p * log_p, axis=1)) - jnp.sum(mean_p * log_mean)
+    log_p = log_probabilities(logits, activation)
+    axes, count = tuple(range(mask.ndim)), jnp.sum(mask, dtype=logits.dtype)
+    counted = mask[..., None, None]
+    log_mean = jax.nn.logsumexp(log_p, axis=axes, where=counted) - jnp.log(count)
+    mutual = entropy(log_mean) - jnp.sum(jnp.where(mask, entropy(log_p), 0)) / count
     return jnp.where(jnp.all(jnp.isfinite(logits)), mutual, jnp.nan)

@@ -2,19 +2,27 @@
 
 import functools
 import numbers
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
-from ._dtypes import at_least_float32
+from ._dtypes import as_float, at_least_float32, is_real
 
 T = TypeVar("T")
 
-# A real number, an array of real numbers, or a pytree prefix of x with one per subtree.
-ScaleLike = Any
+
+class _HasJaxArray(Protocol):
+    def __jax_array__(self) -> Any: ...
+
+
+# A number, an array, an nnx.Variable, or a pytree prefix that holds them. Type checkers
+# let complex through: it is part of ArrayLike, which optax's schedules return.
+ScaleLike = ArrayLike | _HasJaxArray | Mapping[Any, Any] | list[Any] | tuple[Any, ...]
 _SCALE_RULE = (
     "`scale` must be a real number, an array of real numbers, or a pytree prefix of "
     "`x` that holds them"
@@ -47,8 +55,9 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
         reversing, and -1 is the plain identity. With 0, a gradient that is not finite
         arrives as nan, since ``0 * inf`` is nan.
       forward_mode: False leaves the pseudo-derivative to reverse mode, and forward mode
-        (``jvp``, ``jacfwd``, ``linearize``) raises JAX's TypeError about
-        ``custom_vjp``. True defines forward mode as ``-scale * tangent`` too.
+        (``jvp``, ``jacfwd``, ``linearize``) raises JAX's TypeError "can't apply
+        forward-mode autodiff (jvp) to a custom_vjp function." True defines forward mode
+        as ``-scale * tangent`` too.
 
     Returns:
       A pytree like ``x``, with the same values, shapes and dtypes. The gradient has the
@@ -59,8 +68,9 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
       TypeError: If ``scale`` is complex, None, a string, or neither a number, an array
         nor a pytree prefix of ``x``; or if a leaf of ``x`` has a floating dtype without
         a sign (float8_e8m0fnu), or is a mutable reference.
-      ValueError: If the shape of ``scale`` does not align with a reversed leaf, or if
-        on a mesh with Explicit axes the two are sharded differently.
+      ValueError: If ``scale`` is a number too large for a float, if its shape does not
+        align with a reversed leaf, or if on a mesh with Explicit axes the two are
+        sharded differently.
 
     Example:
       >>> import jax
@@ -103,10 +113,10 @@ def _as_real(scale: Any) -> Any:
     """Returns one scale, checked, as a float or an array."""
     if isinstance(scale, numbers.Real):
         # One Python type, so that 1, True and 1.0 share one trace.
-        return float(scale)
+        return as_float("scale", scale)
     dtype = getattr(scale, "dtype", None)
     is_array = hasattr(scale, "__array__") and not isinstance(scale, jax.Ref)
-    if is_array and _is_real(dtype):
+    if is_array and is_real(dtype):
         return scale
     shown = f"{dtype}{list(scale.shape)}" if is_array else repr(scale)
     raise TypeError(f"{_SCALE_RULE}, got {shown}.")
@@ -139,21 +149,9 @@ def _reverse_leaf(leaf: Any, scale: Any, forward_mode: bool) -> Any:
     if not isinstance(x, Tracer):
         # Nothing differentiates a value that no transformation is tracing.
         return leaf
-    try:
-        return _gradient_reversal(x, scale, forward_mode, isinstance(scale, Tracer))
-    except TypeError as error:
-        if "custom_vjp" in str(error):
-            error.add_note(
-                "gradient_reversal(..., forward_mode=True) defines forward mode."
-            )
-        raise
-
-
-@functools.cache
-def _is_real(dtype: Any) -> bool:
-    return any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
-    )
+    tied = isinstance(scale, Tracer)
+    # Where forward mode raises, JAX's traceback shows one of the lines that say why.
+    return _gradient_reversal(x, scale, forward_mode, tied)  # jvp: forward_mode=True
 
 
 @functools.cache
@@ -171,10 +169,9 @@ def _is_reversible(dtype: Any) -> bool:
 
 def _check_aligned(scale: Any, x: Any) -> None:
     """Raises ValueError unless scale aligns with x on leading axes."""
-    shape = jnp.shape(scale)
-    if not shape:
+    if not scale.ndim:
         return
-    x_shape = jnp.shape(x)
+    shape, x_shape = scale.shape, x.shape
     fits = len(shape) <= len(x_shape) and all(
         s == n or s == 1 for s, n in zip(shape, x_shape, strict=False)
     )
@@ -213,7 +210,9 @@ def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool)
     scale = lax.convert_element_type(scale, _product_dtype(x, scale))
     # Singleton axes, never a broadcast: a residual is no larger than scale.
     scale = lax.expand_dims(scale, range(scale.ndim, x.ndim)) if scale.ndim else scale
-    return _forward_rule(x, scale) if forward_mode else _reverse_rule(x, scale)
+    if forward_mode:
+        return _forward_rule(x, scale)
+    return _reverse_rule(x, scale)  # jvp, jacfwd, linearize: pass forward_mode=True
 
 
 def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -225,10 +224,11 @@ def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
     and its transpose sums where it must. Its index is an int because a one-case bool
     select has no transpose on JAX 0.10.
     """
-    index = lax.convert_element_type(scale, jnp.int32) * 0
+    index = lax.convert_element_type(scale, jnp.int32)
     if index.ndim:
         index = jnp.sum(index, dtype=jnp.int32)
-    return lax.select_n(index, x)
+    # Not earlier: jaxlib 0.7.2 keeps the all-reduce of a sum of zeros.
+    return lax.select_n(index * 0, x)
 
 
 def _product_dtype(x: jax.Array, scale: jax.Array) -> Any:

@@ -1,15 +1,20 @@
 """Gradient reversal, and the network around it, as Flax Linen modules."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
+
+import jax
 
 try:
     from flax import linen as nn
 except ImportError as error:
-    raise ImportError("jaxgrl.linen needs Flax: pip install 'jaxgrl[flax]'") from error
+    raise ImportError(
+        "`jaxgrl.linen` needs Flax. Install it with: pip install 'flax>=0.12.0'"
+    ) from error
 
-from ._cdan import DANNOutput as DANNOutput
-from ._cdan import domain_features
+from ._dann import DANNOutput as DANNOutput
+from ._dann import apply_dann
 from ._gradient_reversal import ScaleLike, gradient_reversal
 
 T = TypeVar("T")
@@ -27,8 +32,12 @@ class GradientReversal(nn.Module):
     - ``GradientReversal(scale=0.5)``, a Python number: for a constant. Linen hashes
       attributes: each new value traces anew, and an array fails under ``nn.jit``.
 
+    Without a scale the layer reverses at full strength from step 0 on.
+
     Attributes:
       scale: The strength of the reversal, a number.
+      forward_mode: Whether ``jvp``, ``jacfwd`` and ``linearize`` are defined, as in
+        ``jaxgrl.gradient_reversal``. Keyword only.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -40,28 +49,36 @@ class GradientReversal(nn.Module):
     """
 
     scale: ScaleLike = 1.0
+    _: dataclasses.KW_ONLY
+    forward_mode: bool = False
 
-    def __call__(self, x: T, scale: ScaleLike = None) -> T:
+    def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
         """Returns ``x``; see ``jaxgrl.gradient_reversal``.
 
         Args:
           x: An array or any pytree.
           scale: The strength of the reversal; None takes the attribute.
         """
-        return gradient_reversal(x, self.scale if scale is None else scale)
+        scale = self.scale if scale is None else scale
+        return gradient_reversal(x, scale, forward_mode=self.forward_mode)
 
 
 class DANN(nn.Module):
     """``jaxgrl.nnx.DANN`` in Linen: a domain-adversarial network of your own modules.
+
+    Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
+    trains at full strength from step 0 on, and the features can vanish.
+
+    Both logits are returned in training and evaluation alike. Under ``jit`` a
+    discriminator whose logits you do not use costs nothing.
 
     Attributes:
       feature_extractor: Maps inputs to features.
       label_classifier: Maps features to label logits.
       domain_discriminator: Maps features to domain logits.
       condition: As in ``jaxgrl.nnx.DANN``: None, or for CDAN
-        ``jaxgrl.multilinear_map`` or any callable of ``(features, probabilities)``.
-      deterministic: True, here or at the call, leaves the discriminator out, and
-        ``domain_logits`` is then None.
+        ``jaxgrl.multilinear_map`` or any callable of ``(features, predictions)``.
+      activation: As in ``jaxgrl.nnx.DANN``: what makes predictions of label logits.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,8 +94,6 @@ class DANN(nn.Module):
       >>> label_logits, domain_logits = model.apply(params, x, 0.5)
       >>> print(label_logits.shape, domain_logits.shape)
       (4, 3) (4, 1)
-      >>> print(model.apply(params, x, deterministic=True).domain_logits)
-      None
 
     References:
       As in ``jaxgrl.nnx.DANN``.
@@ -88,38 +103,28 @@ class DANN(nn.Module):
     label_classifier: Callable[..., Any]
     domain_discriminator: Callable[..., Any]
     condition: Callable[[Any, Any], Any] | None = None
-    deterministic: bool = False
+    activation: Callable[[Any], Any] = jax.nn.softmax
 
     def setup(self) -> None:
         """Makes the layer; the other modules are the attributes."""
         self.gradient_reversal = GradientReversal()
 
     def __call__(
-        self,
-        x: Any,
-        scale: ScaleLike = None,
-        *,
-        deterministic: bool | None = None,
-        **kwargs: Any,
+        self, x: Any, scale: ScaleLike | None = None, **kwargs: Any
     ) -> DANNOutput:
         """Returns the named tuple ``(label_logits, domain_logits)``.
 
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
           scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``; it
-            may be traced. None takes that of the layer, 1.
-          deterministic: Whether to leave the discriminator out; None takes the
-            attribute. ``init`` makes its parameters either way. Static: under
-            ``nn.jit`` name it in ``static_argnames``, or set the attribute.
-          **kwargs: Go to the feature extractor, ``train=True`` for example.
+            may be traced. None takes that of the layer, 1. It goes to no module.
+          **kwargs: Each goes to every one of the three modules whose call names it:
+            ``train=True`` or ``mask=mask``, for example. A module's first argument and
+            its own ``**kwargs`` name nothing. Under ``nn.jit`` a bool such as ``train``
+            goes into ``static_argnames``.
+
+        Raises:
+          TypeError: If no module names a keyword.
+          ValueError: If with ``condition`` the label logits do not fit ``activation``.
         """
-        if deterministic is None:
-            deterministic = self.deterministic
-        features = self.feature_extractor(x, **kwargs)
-        label_logits = self.label_classifier(features)
-        if deterministic and not self.is_initializing():
-            return DANNOutput(label_logits, None)
-        seen = domain_features(features, label_logits, self.condition)
-        seen = self.gradient_reversal(seen, scale)
-        domain_logits = self.domain_discriminator(seen)
-        return DANNOutput(label_logits, None if deterministic else domain_logits)
+        return apply_dann(self, x, scale, kwargs)

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import jax
+
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError("jaxgrl.nnx needs Flax: pip install 'jaxgrl[flax]'") from error
+    raise ImportError(
+        "`jaxgrl.nnx` needs Flax. Install it with: pip install 'flax>=0.12.0'"
+    ) from error
 
-from ._cdan import DANNOutput as DANNOutput
-from ._cdan import domain_features
+from ._dann import DANNOutput as DANNOutput
+from ._dann import apply_dann
 from ._gradient_reversal import ScaleLike, gradient_reversal
 
 T = TypeVar("T")
@@ -30,9 +34,13 @@ class GradientReversal(nnx.Module):
       belongs to the model. It is data: setting it does not retrace, and a checkpoint
       holds it. It never receives a gradient.
 
+    Without a scale the layer reverses at full strength from step 0 on.
+
     Args:
       scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``. A pytree
         of several goes in at call time.
+      forward_mode: Whether ``jvp``, ``jacfwd`` and ``linearize`` are defined, as in
+        ``jaxgrl.gradient_reversal``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,34 +55,40 @@ class GradientReversal(nnx.Module):
       [[1.]] [[-0.5]]
     """
 
-    def __init__(self, scale: ScaleLike = 1.0):
+    def __init__(self, scale: ScaleLike = 1.0, *, forward_mode: bool = False):
         self.scale = scale
+        self.forward_mode = forward_mode
 
-    def __call__(self, x: T, scale: ScaleLike = None) -> T:
+    def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
         """Returns ``x``; see ``jaxgrl.gradient_reversal``.
 
         Args:
           x: An array or any pytree.
           scale: The strength of the reversal; None takes the constructor's.
         """
-        return gradient_reversal(x, self.scale if scale is None else scale)
+        scale = self.scale if scale is None else scale
+        return gradient_reversal(x, scale, forward_mode=self.forward_mode)
 
 
 class DANN(nnx.Module):
     """A domain-adversarial network of your own three modules.
 
-    The gradient reversal layer stands between them::
+    The gradient reversal layer is between them::
 
         x -> feature_extractor -+-> label_classifier -> label_logits
                                 +-> gradient_reversal -> domain_discriminator
                                                             -> domain_logits
 
-    Nothing is assumed of them but that they are callable in this order: features may be
-    any pytree, outputs have any shape, and K domains are a discriminator with K
-    outputs. Add ``jaxgrl.domain_loss`` of the domain logits to the label loss.
+    The modules are callables in this order. Features may be any pytree, outputs have
+    any shape, and K domains are a discriminator with K outputs. Add
+    ``jaxgrl.domain_loss`` of the domain logits to the label loss.
 
-    ``eval()`` (or ``nnx.view(model, deterministic=True)``) turns the discriminator off:
-    ``domain_logits`` is then None. ``train()`` turns it on again.
+    Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
+    trains at full strength from step 0 on, and the features can vanish.
+
+    Both logits are returned in training and evaluation alike. Under ``jit`` a
+    discriminator whose logits you do not use costs nothing. ``model.train()`` and
+    ``model.eval()`` set Dropout and BatchNorm in all three modules.
 
     Args:
       feature_extractor: Maps inputs to features.
@@ -82,10 +96,15 @@ class DANN(nnx.Module):
       domain_discriminator: Maps features to domain logits; for ``jaxgrl.domain_loss``
         ``[batch]``, ``[batch, 1]`` or ``[batch, K]``.
       condition: None for DANN; for CDAN ``jaxgrl.multilinear_map``, or any callable of
-        ``(features, probabilities)``. Its output is reversed and goes into the
-        discriminator, in place of the features. ``probabilities`` is the softmax of the
-        label logits over the last axis, and receives no gradient, as in the authors'
-        code.
+        ``(features, predictions)``. Its output is reversed and goes into the
+        discriminator, in place of the features. The predictions are ``activation`` of
+        the label logits and receive no gradient, as in the authors' code.
+      activation: What makes predictions of label logits, in float32 or wider. One of
+
+        - ``jax.nn.softmax``: one of C classes, for logits ``[batch, ..., C]``;
+        - ``jax.nn.sigmoid``: independent labels. A binary head ``[batch, ..., 1]``
+          becomes two classes, ``[1 - p, p]``;
+        - any other callable: ``lambda y: y`` for a regression.
 
     Attributes:
       gradient_reversal: The layer, ``GradientReversal()``.
@@ -103,9 +122,6 @@ class DANN(nnx.Module):
       >>> label_logits, domain_logits = model(jnp.ones((4, 8)), 0.5)
       >>> print(label_logits.shape, domain_logits.shape)
       (4, 3) (4, 1)
-      >>> model.eval()
-      >>> print(model(jnp.ones((4, 8))).domain_logits)
-      None
 
     References:
       Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
@@ -121,31 +137,30 @@ class DANN(nnx.Module):
         domain_discriminator: Callable[..., Any],
         *,
         condition: Callable[[Any, Any], Any] | None = None,
+        activation: Callable[[Any], Any] = jax.nn.softmax,
     ):
         self.feature_extractor = feature_extractor
         self.label_classifier = label_classifier
         self.gradient_reversal = GradientReversal()
         self.domain_discriminator = domain_discriminator
         self.condition = condition
-        self.deterministic = False
+        self.activation = activation
 
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Is called by ``nnx.view``; ``deterministic=True`` is ``eval()``."""
-        if deterministic is not None:
-            self.deterministic = deterministic
-
-    def __call__(self, x: Any, scale: ScaleLike = None) -> DANNOutput:
+    def __call__(
+        self, x: Any, scale: ScaleLike | None = None, **kwargs: Any
+    ) -> DANNOutput:
         """Returns the named tuple ``(label_logits, domain_logits)``.
 
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
           scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``; it
-            may be traced. None takes that of the layer, 1.
+            may be traced. None takes that of the layer, 1. It goes to no module.
+          **kwargs: Each goes to every one of the three modules whose call names it:
+            ``mask=mask`` for attention, for example. A module's first argument and its
+            own ``**kwargs`` name nothing.
+
+        Raises:
+          TypeError: If no module names a keyword.
+          ValueError: If with ``condition`` the label logits do not fit ``activation``.
         """
-        features = self.feature_extractor(x)
-        label_logits = self.label_classifier(features)
-        if self.deterministic:
-            return DANNOutput(label_logits, None)
-        seen = domain_features(features, label_logits, self.condition)
-        seen = self.gradient_reversal(seen, scale)
-        return DANNOutput(label_logits, self.domain_discriminator(seen))
+        return apply_dann(self, x, scale, kwargs)

@@ -1,8 +1,6 @@
 """The numbers that judge a trained network without target labels."""
 
 import math
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -39,23 +37,125 @@ def test_infomax_has_a_gradient_where_a_prediction_is_certain():
     np.testing.assert_allclose(jnp.sum(grad(logits) * step), (up - down) / 2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_infomax_of_a_diverged_run_is_nan(bad):
-    assert jnp.isnan(information_maximization(jnp.eye(3).at[0, 0].set(bad)))
+def _naive_infomax(rows, sigmoid):
+    """Returns InfoMax of flat rows from probabilities, in float64."""
+    rows = np.asarray(rows, np.float64)
+    if sigmoid:  # the sum over labels of that of two classes each
+        return sum(_naive_infomax(np.stack([0 * z, z], axis=1), False) for z in rows.T)
+    p = np.exp(rows) / np.exp(rows).sum(axis=1, keepdims=True)
+    mean = p.mean(axis=0)
+    return (p * np.log(p)).sum(axis=1).mean() - (mean * np.log(mean)).sum()
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("shape", [(9, 4), (6, 5, 3), (4, 3, 2, 2), (9, 1)])
+def test_infomax_of_rows_of_any_shape(shape, sigmoid):
+    rng = np.random.default_rng(0)
+    logits = 2 * rng.normal(size=shape).astype(np.float32)
+    activation = jax.nn.sigmoid if sigmoid else jax.nn.softmax
+    if shape[-1] == 1 and not sigmoid:
+        pytest.skip("a softmax has 2 classes or more")
+    found = information_maximization(logits, activation=activation)
+    assert found.dtype == jnp.float32
+    rows = logits.reshape(-1, shape[-1])
+    np.testing.assert_allclose(found, _naive_infomax(rows, sigmoid), rtol=1e-4)
+
+    where = rng.uniform(size=(*shape[:-2], 1)) > 0.3  # the last of the axes broadcasts
+    where = where if len(shape) > 2 else rng.uniform(size=shape[:1]) > 0.3
+    mask = np.broadcast_to(where, shape[:-1])
+    masked = jnp.where(mask[..., None], logits, jnp.nan)
+    with jax.debug_nans(True):
+        found = information_maximization(masked, where=where, activation=activation)
+    expected = _naive_infomax(logits[mask], sigmoid)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    grad = jax.grad(information_maximization)(
+        masked, where=where, activation=activation
+    )
+    assert jnp.isfinite(grad).all() and not grad[~mask].any() and grad[mask].any()
+
+
+def test_infomax_of_a_binary_head():
+    z = jnp.array([[9.0], [-9.0], [0.5]])
+    two = jnp.concatenate([jnp.zeros_like(z), z], axis=1)
+    np.testing.assert_allclose(
+        information_maximization(z, activation=jax.nn.sigmoid),
+        information_maximization(two),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("activation", [jax.nn.softmax, jax.nn.sigmoid])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+def test_infomax_of_a_diverged_run_is_nan(bad, activation):
+    logits = jnp.eye(3).at[0, 0].set(bad)
+    assert jnp.isnan(information_maximization(logits, activation=activation))
+    where = jnp.array([False, True, True])
+    found = information_maximization(logits, where=where, activation=activation)
+    expected = information_maximization(jnp.eye(3)[1:], activation=activation)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_infomax_without_rows_is_nan():
+    nothing = jnp.zeros(3, bool)
+    for function in (information_maximization, jax.jit(information_maximization)):
+        assert jnp.isnan(function(jnp.eye(3), where=nothing))
+        assert jnp.isnan(function(jnp.ones((0, 3))))
+
+
+def test_infomax_of_low_precision_is_computed_in_float32():
+    logits = jax.random.normal(jax.random.key(0), (99, 3), jnp.bfloat16)
+    wide = information_maximization(logits.astype(jnp.float32))
+    assert information_maximization(logits) == wide
+    with jax.enable_x64(True):
+        assert information_maximization(np.eye(3)).dtype == jnp.float64
+
+
+REGRESSION = "A regression head has no classes: .*held-out source.*`proxy_a_distance`"
 
 
 @pytest.mark.parametrize(
-    "logits, error, message",
+    "logits, kwargs, error, message",
     [
-        (jnp.eye(3, dtype=int), TypeError, "`target_logits` must be floating, got int"),
-        (jnp.ones(3), ValueError, r"must be \[batch, C\] with C 2 .*, got shape \(3"),
-        (jnp.ones((3, 1)), ValueError, r"with C 2 or more, .* got shape \(3, 1\)"),
-        (jnp.ones((0, 3)), ValueError, r"not empty, got shape \(0, 3\)"),
+        (jnp.eye(3, dtype=int), {}, TypeError, "`target_logits` must be floating"),
+        (
+            jnp.ones(3),
+            {},
+            ValueError,
+            r"`target_logits` must be \[batch, \.\.\., C\] with C 2 or more for "
+            rf"jax.nn.softmax, got shape \(3,\)\. .*{REGRESSION}",
+        ),
+        (
+            jnp.ones((3, 1)),
+            {},
+            ValueError,
+            rf"\(3, 1\)\. For a binary head use `activation=.*sigmoid` .*{REGRESSION}",
+        ),
+        (
+            jnp.ones(3),
+            {"activation": jax.nn.sigmoid},
+            ValueError,
+            r"with C 1 or more for jax.nn.sigmoid, got shape \(3,\)\. .* \[batch, ",
+        ),
+        (
+            jnp.ones((3, 2)),
+            {"activation": lambda y: y},
+            ValueError,
+            "`activation` must be jax.nn.softmax or jax.nn.sigmoid, got <function .*"
+            + REGRESSION,
+        ),
+        (jnp.ones((0, 1)), {}, ValueError, r"got shape \(0, 1\)"),
+        (jnp.eye(3), {"where": np.ones(3)}, TypeError, "`where` must be bool, got fl"),
+        (
+            jnp.ones((3, 4, 2)),
+            {"where": np.ones(3, bool)},
+            ValueError,
+            r"`where` must have shape \(3, 4\).*Use `where\[:, None\]`\.$",
+        ),
     ],
 )
-def test_what_infomax_refuses(logits, error, message):
+def test_what_infomax_refuses(logits, kwargs, error, message):
     with pytest.raises(error, match=message):
-        information_maximization(logits)
+        information_maximization(logits, **kwargs)
 
 
 RNG = np.random.default_rng(0)
@@ -92,10 +192,52 @@ def test_trailing_axes_are_flattened_and_the_seed_repeats():
     assert proxy_a_distance(jnp.ones((9, 2)), 5 * jnp.ones((9, 2))).distance == 2
 
 
+def test_folds_go_from_2_to_the_examples_of_the_smaller_domain():
+    source, target = RNG.normal(size=(4, 2)), 9 + RNG.normal(size=(6, 2))
+    for folds in (2, 4):
+        assert proxy_a_distance(source, target, folds=folds).distance == 2
+    for folds in (1, 5):
+        with pytest.raises(ValueError, match=f"from 2 to .* 4, got {folds}"):
+            proxy_a_distance(source, target, folds=folds)
+
+
+@pytest.mark.parametrize(
+    "dtype, shown",
+    [(np.complex64, "complex64"), (object, "object"), (str, "<U"), ("S1", r"\|S1")],
+)
+def test_features_that_are_not_real_are_refused_by_name(dtype, shown):
+    real, other = np.ones((9, 2)), np.ones((9, 2)).astype(int).astype(dtype)
+    rule = "` must have a real dtype, got " + shown
+    with pytest.raises(TypeError, match="`source_features" + rule):
+        proxy_a_distance(other, real)
+    with pytest.raises(TypeError, match="`target_features" + rule):
+        proxy_a_distance(real, other)
+
+
+def test_a_number_beyond_all_floats_is_no_feature():
+    with pytest.raises(TypeError, match="`target_features` must have a real dtype"):
+        proxy_a_distance(np.ones((9, 2)), [[10**400, 1]] * 9)  # pyright: ignore
+
+
+def test_features_may_have_any_real_dtype():
+    source = jnp.arange(18).reshape(9, 2) % 2
+    for dtype in (bool, np.uint8, jnp.bfloat16, np.float16):
+        found = proxy_a_distance(source.astype(dtype), jnp.ones((9, 2), dtype))
+        assert found == proxy_a_distance(np.asarray(source, float), np.ones((9, 2)))
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda: proxy_a_distance(np.ones(3), np.ones((3, 1))), "`source_features` mu"),
+        (
+            lambda: proxy_a_distance(np.ones((9, 0)), np.ones((9, 0))),
+            r"`source_features` must be .* one column or more, got shape \(9, 0\)",
+        ),
+        (
+            lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 2, 0))),
+            r"`target_features` must be .* one column or more, got shape \(9, 2, 0\)",
+        ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.full((9, 2), np.nan)),
             "`target_features` must be finite, .* got 18 values of 18",
@@ -125,15 +267,3 @@ def test_trailing_axes_are_flattened_and_the_seed_repeats():
 def test_what_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_without_scikit_learn_it_says_what_to_install():
-    code = (
-        "import sys; sys.modules['sklearn'] = None; import numpy, jaxgrl; "
-        "jaxgrl.proxy_a_distance(numpy.ones((9, 2)), numpy.ones((9, 2)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert "needs scikit-learn: pip install scikit-learn" in result.stderr

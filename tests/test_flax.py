@@ -1,5 +1,7 @@
 """The layer in Flax NNX and Linen: same behaviour, under each API's transformations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -306,3 +308,51 @@ def test_a_bad_scale_is_refused_by_name(layer):
     call = module if layer == "nnx" else (lambda x: module.apply({}, x))
     with pytest.raises(TypeError, match=r"`scale` must be .*'0.5'"):
         call(X)
+
+
+LAYERS = {
+    "nnx": jaxgrl.nnx.GradientReversal,
+    "linen": lambda *args, **kwargs: functools.partial(
+        jaxgrl.linen.GradientReversal(*args, **kwargs).apply, {}
+    ),
+}
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_without_a_scale_the_gradient_is_reversed_at_strength_one(make):
+    assert jax.grad(make())(1.0) == -1
+    assert jax.grad(make(0.5))(1.0) == -0.5
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_forward_mode_on_request(make, jit):
+    def tangent(layer, *call):
+        def jvp(x):
+            return jax.jvp(lambda x: layer(x, *call), (x,), (2 * x,))[1]
+
+        return (jax.jit(jvp) if jit else jvp)(jnp.asarray(X))
+
+    np.testing.assert_array_equal(tangent(make(0.5, forward_mode=True)), -X)
+    np.testing.assert_array_equal(tangent(make(forward_mode=True), 1.5), -3 * X)
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        tangent(make(0.5))
+    with pytest.raises(TypeError, match="positional"):
+        make(0.5, True)
+
+
+def test_forward_mode_is_kept_by_a_split_and_a_clone():
+    layer = jaxgrl.nnx.GradientReversal(0.5, forward_mode=True)
+    for other in (nnx.merge(*nnx.split(layer)), nnx.clone(layer)):
+        assert jax.jacfwd(other)(1.0) == -0.5
+    other = jaxgrl.linen.GradientReversal(0.5, forward_mode=True).clone()
+    assert jax.jacfwd(lambda x: other.apply({}, x))(1.0) == -0.5
+
+
+def test_a_network_takes_another_layer_in_nnx():
+    model = jaxgrl.nnx.DANN(jnp.sin, jnp.cos, jnp.sin)
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        jax.jacfwd(lambda x: model(x).domain_logits)(1.0)
+    model.gradient_reversal = jaxgrl.nnx.GradientReversal(forward_mode=True)
+    found = jax.jacfwd(lambda x: model(x).domain_logits)(1.0)
+    np.testing.assert_allclose(found, -np.cos(np.sin(1.0)) * np.cos(1.0), rtol=1e-6)

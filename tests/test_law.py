@@ -6,6 +6,7 @@ The oracle is ordinary autodiff of the same function without the layer.
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -408,24 +409,3 @@ def test_trap_8_forward_mode_on_request(jit):
     assert_close(jax.grad(lambda x: jnp.sum(f(x, scale)))(X), expected)
     second = jax.jacfwd(jax.jacfwd(f))(jnp.float32(1.0), scale)
     np.testing.assert_allclose(second, -(0.5**2) * np.sin(1.0), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda f, x: jax.jvp(f, (x,), (x,)),
-        lambda f, x: jax.jacfwd(f)(x),
-        lambda f, x: jax.linearize(f, x)[1](x),
-        lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
-    ],
-    ids=["jvp", "jacfwd", "linearize", "jit of jvp"],
-)
-def test_trap_8_forward_mode_raises_unless_asked_for(forward):
-    with pytest.raises(TypeError, match="custom_vjp"):
-        forward(lambda x: gradient_reversal(x, 0.5), jnp.ones(3, jnp.float32))
-
-
-def test_trap_8_the_error_names_the_option():
-    with pytest.raises(TypeError) as info:
-        jax.jvp(gradient_reversal, (1.0,), (1.0,))
-    assert any("forward_mode=True" in note for note in info.value.__notes__)

@@ -1,5 +1,8 @@
 """The schedules against their formulas, and inside what optax makes of schedules."""
 
+import fractions
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,16 +51,18 @@ def test_dann_schedule_at_its_ends():
 
 
 def test_dann_learning_rate_follows_the_formula():
-    schedule = dann_learning_rate(0.01, 100)
+    schedule = dann_learning_rate(0.01, transition_steps=100)
     for step in (-5, 0, 1, 50, 100, 200):
         p = np.clip(step / 100, 0, 1)
         np.testing.assert_allclose(schedule(step), 0.01 / (1 + 10 * p) ** 0.75, 1e-6)
     assert schedule(0) == np.float32(0.01)
-    other = dann_learning_rate(1.0, 10, alpha=3.0, beta=2.0)
+    other = dann_learning_rate(1.0, transition_steps=10, alpha=3.0, beta=2.0)
     np.testing.assert_allclose(other(10), 1 / 16, rtol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", [dann_schedule(9), dann_learning_rate(0.1, 9)])
+@pytest.mark.parametrize(
+    "schedule", [dann_schedule(9), dann_learning_rate(0.1, transition_steps=9)]
+)
 def test_steps_may_be_traced_mapped_and_of_any_integer_type(schedule):
     steps = jnp.arange(-2, 12)
     values = schedule(steps)
@@ -94,7 +99,7 @@ def test_join_schedules():
 
 @pytest.mark.parametrize("inject", [False, True], ids=["sgd", "inject_hyperparams"])
 def test_as_the_learning_rate_of_an_optimizer(inject):
-    schedule = dann_learning_rate(0.5, 4)
+    schedule = dann_learning_rate(0.5, transition_steps=4)
     optimizer = (
         optax.inject_hyperparams(optax.sgd)(learning_rate=schedule)
         if inject
@@ -107,9 +112,91 @@ def test_as_the_learning_rate_of_an_optimizer(inject):
         np.testing.assert_allclose(updates, -schedule(step) * params, rtol=1e-6)
 
 
+def test_all_but_the_first_argument_are_keywords():
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
+        dann_schedule(1000, 0.3)
+    with pytest.raises(TypeError, match="takes 1 positional argument but 2"):
+        dann_learning_rate(0.01, 1000)
+    for schedule in (dann_schedule, dann_learning_rate):
+        first, *others = inspect.signature(schedule).parameters.values()
+        assert first.kind is first.POSITIONAL_OR_KEYWORD
+        assert {p.kind for p in others} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_the_edges_of_what_is_allowed():
+    ends = {
+        (alpha, beta): float(
+            dann_learning_rate(0.1, transition_steps=9, alpha=alpha, beta=beta)(9)
+        )
+        for alpha, beta in ((0, 0.75), (0.5, 1), (10, 0), (0, 0))
+    }
+    np.testing.assert_allclose(list(ends.values()), [0.1, 0.1 / 1.5, 0.1, 0.1], 1e-6)
+    one_step = dann_schedule(1, gamma=1e-3, init_value=-1.0, transition_begin=0)
+    assert one_step(0) == -1 and -1 < one_step(1) < -0.99
+    assert dann_learning_rate(-0.1, transition_steps=1, alpha=1, beta=1)(1) == -0.05
+
+
+ARRAYS = {
+    "Fraction": fractions.Fraction(1, 4),
+    "float64": np.float64(0.25),
+    "float16": np.float16(0.25),
+    "0-d NumPy": np.array(0.25),
+    "0-d bfloat16": jnp.array(0.25, jnp.bfloat16),
+    "0-d integer": jnp.array(0),
+}
+
+
+@pytest.mark.parametrize("value", ARRAYS.values(), ids=ARRAYS)
+def test_values_may_be_any_real_scalar(value):
+    for schedule in (
+        dann_schedule(
+            np.int64(10), init_value=value, end_value=value, gamma=float(value) + 1
+        ),
+        dann_learning_rate(value, transition_steps=np.uint8(10), beta=np.array(0)[()]),
+    ):
+        got = schedule(7)
+        assert got == float(value) and got.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     "make, error, message",
     [
+        (
+            lambda: dann_schedule(10**400),
+            ValueError,
+            "`transition_steps` must fit into a float .*larger",
+        ),
+        (
+            lambda: dann_schedule(9, end_value=-(10**5000)),  # too long to be printed
+            ValueError,
+            "`end_value` must fit into a float",
+        ),
+        (
+            lambda: dann_schedule(9, gamma=fractions.Fraction(10**400)),
+            ValueError,
+            "`gamma` must fit into a float",
+        ),
+        (
+            lambda: dann_learning_rate(np.longdouble("1e400"), transition_steps=9),
+            ValueError,
+            "`init_value` must fit into a float",
+        ),
+        (
+            lambda: dann_schedule(9, init_value=jnp.ones(3)),
+            TypeError,
+            r"`init_value` must be a real number or a scalar array, got float\d\d\[3\]",
+        ),
+        (
+            lambda: dann_schedule(9, end_value=jnp.array(1j)),
+            TypeError,
+            r"`end_value` must be a real number or a scalar array, got complex",
+        ),
+        (
+            lambda: dann_schedule(9, end_value=np.array(np.nan)),
+            ValueError,
+            "`end_value` must be finite and real, got nan",
+        ),
+        (lambda: dann_schedule(9, end_value=np.ones(3)), TypeError, "got array"),
         (lambda: dann_schedule(0), ValueError, "`transition_steps` .*1 or more, got 0"),
         (lambda: dann_schedule(-5), ValueError, "`transition_steps` .*got -5"),
         (lambda: dann_schedule("9"), TypeError, "`transition_steps` .*got '9'"),
@@ -124,14 +211,30 @@ def test_as_the_learning_rate_of_an_optimizer(inject):
             "`transition_begin` .*0 or more, got -1",
         ),
         (
-            lambda: dann_learning_rate(9, 0.1),
+            lambda: dann_learning_rate(9, transition_steps=0.1),
             ValueError,
             "`transition_steps` .*got 0.1",
         ),
-        (lambda: dann_learning_rate(None, 9), TypeError, "`init_value` .*got None"),
-        (lambda: dann_learning_rate(1.0, 0), ValueError, "`transition_steps` .*got 0"),
-        (lambda: dann_learning_rate(1.0, 9, alpha=-1), ValueError, "`alpha` .*got -1"),
-        (lambda: dann_learning_rate(1.0, 9, beta=-1), ValueError, "`beta` .*got -1"),
+        (
+            lambda: dann_learning_rate(None, transition_steps=9),
+            TypeError,
+            "`init_value` .*got None",
+        ),
+        (
+            lambda: dann_learning_rate(1.0, transition_steps=0),
+            ValueError,
+            "`transition_steps` .*got 0",
+        ),
+        (
+            lambda: dann_learning_rate(1.0, transition_steps=9, alpha=-1),
+            ValueError,
+            "`alpha` .*got -1",
+        ),
+        (
+            lambda: dann_learning_rate(1.0, transition_steps=9, beta=-1),
+            ValueError,
+            "`beta` .*got -1",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_by_name(make, error, message):

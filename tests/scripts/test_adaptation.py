@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from run_script import load, run
 
+pytestmark = pytest.mark.slow
 SCRIPT = "benchmarks/adaptation.py"
 SGD = "breast cancer, mean -> worst cells"
 FEW = ("--tasks", SGD, "--seeds", "2")
@@ -15,7 +16,7 @@ FEW = ("--tasks", SGD, "--seeds", "2")
 
 @pytest.fixture(scope="module")
 def criteria():
-    return load("benchmarks/criteria.py")
+    return load("benchmarks/parts/criteria.py")
 
 
 def test_centroid_agreement_by_hand(criteria):

@@ -7,15 +7,17 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from run_script import ROOT, finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_digits.py"
 
 
 def test_a_short_run_keeps_a_table_a_picture_and_numbers(tmp_path):
     options = ("--steps", "400", "--seeds", "2")
     printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
-    for text in ("source only", "DANN", "trained on target", "compile", "Kept in"):
+    for text in ("source only", "DANN", "trained on target", "compile", "Saved in"):
         assert text in printed
     assert sorted(p.name for p in folder.iterdir()) == [
         "dann_digits.png",

@@ -1,15 +1,17 @@
 """The example of the two moons: what it keeps."""
 
 import numpy as np
+import pytest
 from run_script import finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_moons.py"
 
 
 def test_a_short_run_keeps_a_table_a_picture_a_film_and_numbers(tmp_path):
     options = ("--steps", "1500", "--seeds", "4")
     printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
-    for text in ("source only", "DANN", "trained on target", "worst seed", "Kept in"):
+    for text in ("source only", "DANN", "trained on target", "worst seed", "Saved in"):
         assert text in printed
     assert sorted(p.name for p in folder.iterdir()) == [
         "dann_moons.gif",

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from run_script import finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_usps_mnist.py"
 DATA = os.environ.get("JAXGRL_DATA")
 
@@ -18,7 +19,7 @@ def test_a_short_run_keeps_a_table_a_picture_and_numbers(tmp_path):
     data = pathlib.Path(str(DATA), "MNIST_vs_USPS.mat")
     options = ("--data", data, "--steps", "200", "--seeds", "1")
     printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
-    for text in ("USPS -> MNIST", "transductive", "source only", "DANN", "Kept in"):
+    for text in ("USPS -> MNIST", "transductive", "source only", "DANN", "Saved in"):
         assert text in printed
     assert sorted(p.name for p in folder.iterdir()) == [
         "dann_usps_mnist.png",
@@ -31,7 +32,7 @@ def test_a_short_run_keeps_a_table_a_picture_and_numbers(tmp_path):
         (accuracy,) = curves["target_accuracy"][-1]
         assert accuracy > 0.5  # chance is 0.1; DATA's first run had 0.58 and more
         # Every target image is scored, and the diagonal holds the right ones.
-        (confusion,) = np.array(curves["confusion"])
+        ((confusion,),) = np.array(curves["confusion"])
         assert confusion.sum() == 2000
         np.testing.assert_allclose(np.trace(confusion) / 2000, accuracy, rtol=1e-6)
     # At scale 0 the discriminator wins; the reversal takes its accuracy away.

@@ -1,8 +1,10 @@
 """Features that say less about a protected attribute: what the example keeps."""
 
 import numpy as np
+import pytest
 from run_script import finished
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/fair_diabetes.py"
 
 

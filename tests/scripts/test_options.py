@@ -17,7 +17,7 @@ ADAPTATION = "benchmarks/adaptation.py"
     "script, options, message",
     [
         (DIGITS, "--steps 150", "--steps must be a positive multiple of 100, got 150"),
-        (DIGITS, "--seeds 0", "--seeds must be between 1 and 100, got 0"),
+        (DIGITS, "--seeds 0", "--seeds must be between 1 and 1000, got 0"),
         (DIGITS, "--angle nan", "--angle must be between -180 and 180, got nan"),
         (DIGITS, "--scale -1", "--scale must be finite and 0 or more, got -1.0"),
         (DIGITS, "--learning-rate inf", "--learning-rate must be finite and positive"),

@@ -8,6 +8,9 @@ kernels ``[in, out]``, so that one NumPy function scores them all.
 The minibatches are indices that are drawn beforehand: random numbers cost nobody
 anything, and the data lie on the device. The clock runs from initial to final
 parameters.
+
+Each process also times the matrix products of a step alone, of the same shapes and by
+the same library. That is how fast a step could be, whatever wraps the products.
 """
 
 import dataclasses
@@ -80,6 +83,7 @@ class Trainer:
       compiling: The seconds that compiling took before the first job.
       settings: What was chosen, in words.
       tuning: The seconds of the trials that chose it.
+      plain: Returns the seconds that the products of a step take alone.
     """
 
     run: Callable[[Sequence[Job]], tuple[float, float, list[Params]]]
@@ -87,6 +91,7 @@ class Trainer:
     compiling: float = 0.0
     settings: str = ""
     tuning: float = 0.0
+    plain: Callable[[], float] | None = None
 
 
 def one_by_one(
@@ -144,6 +149,34 @@ def accuracy(params: Params) -> float:
 def flat(params: Params) -> np.ndarray:
     """Returns all parameters as one vector."""
     return np.concatenate([params[n][k].ravel() for n in sorted(params) for k in KINDS])
+
+
+def products(features: Any, kernels: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """Returns the next features, and the gradients, of a step that only multiplies.
+
+    It has the products of a training step and nothing between them, of NumPy's arrays,
+    of JAX's and of PyTorch's. Each takes what the last returned, so that no compiler
+    can move one out of a loop.
+    """
+    hidden = features @ kernels["hidden"]
+    domain = hidden @ kernels["discriminator"]
+    grads = [features.T @ hidden, hidden.T @ domain]
+    grads += [domain @ kernels["discriminator"].T]
+    ct = hidden @ kernels["hidden"].T
+    inputs = ct[:, : len(kernels["features"])]
+    features = inputs @ kernels["features"]
+    source = features[:BATCH]
+    labels = source @ kernels["classifier"]
+    grads += [inputs.T @ ct, source.T @ labels, labels @ kernels["classifier"].T]
+    return features, grads
+
+
+def operands(task: Task) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Returns features and kernels for ``products`` that neither grow nor vanish."""
+    kernels = {name: layer["kernel"] for name, layer in task.initial(0).items()}
+    kernels["hidden"] = np.linalg.qr(kernels["hidden"])[0]
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2 * BATCH, task.hidden)).astype(np.float32), kernels
 
 
 # JAX. A loss is a function of (params, x, labels, scale), and the rest is the same.
@@ -243,6 +276,27 @@ def hand_loss(task: Task) -> Callable[..., Any]:
     return loss
 
 
+def jax_products(task: Task) -> Callable[[], float]:
+    """Returns Trainer.plain."""
+    import jax
+
+    @jax.jit
+    def chunk(features, kernels):
+        # The gradients are carried along, or XLA would not compute them.
+        def step(state, _):
+            return products(state[0], kernels), None
+
+        start = (
+            features,
+            jax.tree.map(jax.numpy.zeros_like, products(features, kernels)[1]),
+        )
+        return jax.lax.scan(step, start, length=CHUNK)[0]
+
+    arguments = jax.device_put(operands(task))
+    jax.block_until_ready(chunk(*arguments))  # compiles
+    return lambda: clock(lambda: jax.block_until_ready(chunk(*arguments))) / CHUNK
+
+
 def make_scan(task: Task, loss: Callable[..., Any]) -> tuple[Any, Any]:
     """Returns init(params), and steps(state, peak, start, batches): one lax.scan."""
     import jax
@@ -251,7 +305,7 @@ def make_scan(task: Task, loss: Callable[..., Any]) -> tuple[Any, Any]:
 
     import jaxgrl
 
-    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, task.steps)
+    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, transition_steps=task.steps)
     optimizer = optax.sgd(rates, momentum=MOMENTUM)
     inputs, labels = jnp.array(digits()["inputs"]), jnp.array(digits()["labels"])
 
@@ -303,7 +357,8 @@ def scanned(
         return jax.block_until_ready(state)
 
     run = one_by_one(prepare, train, lambda s: jax.tree.map(np.asarray, s[0]))
-    return Trainer(run, sum(x.size for x in jax.tree.leaves(state[0])), compiling)
+    parameters = sum(x.size for x in jax.tree.leaves(state[0]))
+    return Trainer(run, parameters, compiling, plain=jax_products(task))
 
 
 def recompiled(task: Task) -> Trainer:
@@ -378,7 +433,7 @@ def looped(cached: bool, task: Task) -> Trainer:
 
     import jaxgrl
 
-    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, task.steps)
+    rates = jaxgrl.dann_learning_rate(LEARNING_RATE, transition_steps=task.steps)
     optimizer = optax.sgd(rates, momentum=MOMENTUM)
     inputs, labels = jnp.array(digits()["inputs"]), jnp.array(digits()["labels"])
 
@@ -413,7 +468,7 @@ def looped(cached: bool, task: Task) -> Trainer:
     compiling = clock(train, first)
     run = one_by_one(prepare, train, lambda p: jax.tree.map(np.asarray, p))
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(first[0])))
-    return Trainer(run, parameters, compiling)
+    return Trainer(run, parameters, compiling, plain=jax_products(task))
 
 
 # PyTorch.
@@ -425,10 +480,44 @@ def torch_device(task: Task) -> Any:
     return torch.device("cuda" if task.device == "gpu" else "cpu")
 
 
-def torch_dann(task: Task) -> tuple[Any, Callable[..., Any]]:
+def torch_products(task: Task) -> Callable[[], float]:
+    """Returns Trainer.plain."""
+    torch: Any = importlib.import_module("torch")
+    device = torch_device(task)
+    first, kernels = operands(task)
+    first = torch.tensor(first, device=device)
+    kernels = {name: torch.tensor(k, device=device) for name, k in kernels.items()}
+
+    def chunk():
+        features = first
+        for _ in range(CHUNK):
+            features, _ = products(features, kernels)
+        synchronize(device)
+
+    return lambda: clock(chunk) / CHUNK
+
+
+def constant_reversal() -> Callable[..., Any]:
+    """Returns torch-gradient-reversal's layer of strength 1.
+
+    Its strength is a Python float, which torch.compile makes a constant of the program:
+    each value of a schedule is compiled anew, and from the eighth on fullgraph=True is
+    an error.
+    """
+    reverse: Any = importlib.import_module("gradient_reversal").gradient_reversal
+    return lambda x, scale: reverse(x, 1.0)
+
+
+def scheduled_reversal() -> Callable[..., Any]:
+    """Returns pytorch-revgrad's layer, whose strength is a tensor."""
+    return importlib.import_module("pytorch_revgrad.functional").revgrad
+
+
+def torch_dann(
+    task: Task, reverse: Callable[..., Any]
+) -> tuple[Any, Callable[..., Any]]:
     """Returns the model in PyTorch, and loss(model, batch, scale)."""
     torch: Any = importlib.import_module("torch")
-    revgrad: Any = importlib.import_module("pytorch_revgrad.functional").revgrad
     functional, device = torch.nn.functional, torch_device(task)
     inputs = torch.tensor(digits()["inputs"], device=device)
     labels = torch.tensor(digits()["labels"], device=device).long()
@@ -444,7 +533,7 @@ def torch_dann(task: Task) -> tuple[Any, Callable[..., Any]]:
 
         def forward(self: Any, x, scale):
             features = functional.relu(self.features(x))
-            hidden = functional.relu(self.hidden(revgrad(features, scale)))
+            hidden = functional.relu(self.hidden(reverse(features, scale)))
             return self.classifier(features[:BATCH]), self.discriminator(hidden)
 
     def loss(model, batch, scale):
@@ -455,11 +544,16 @@ def torch_dann(task: Task) -> tuple[Any, Callable[..., Any]]:
     return DANN().to(device), loss
 
 
-def pytorch(compiled: bool, threads: Sequence[int], task: Task) -> Trainer:
+def pytorch(
+    make_reversal: Callable[[], Callable[..., Any]],
+    compiled: bool,
+    threads: Sequence[int],
+    task: Task,
+) -> Trainer:
     """Trains by a loop over steps, with the settings that a trial finds fastest."""
     torch: Any = importlib.import_module("torch")
     device = torch_device(task)
-    model, eager_loss = torch_dann(task)
+    model, eager_loss = torch_dann(task, make_reversal())
     rates, scales = torch_schedules(task)
     loss, setting = eager_loss, "fused"
 
@@ -513,7 +607,11 @@ def pytorch(compiled: bool, threads: Sequence[int], task: Task) -> Trainer:
 
     run = one_by_one(prepare, train, finish)
     parameters = sum(p.numel() for p in model.parameters())
-    return Trainer(run, parameters, compiling, f"{number} threads, {setting}", tuning)
+    settings = f"{number} threads, {setting}"
+    if make_reversal is constant_reversal:
+        settings += ", strength 1 from the first step"
+    plain = torch_products(task)
+    return Trainer(run, parameters, compiling, settings, tuning, plain)
 
 
 def fastest(choices: Sequence[Any], seconds: Callable[[Any, int], float]) -> Any:
@@ -651,7 +749,8 @@ def skada(threads: Sequence[int], task: Task) -> Trainer:
 
     parameters = sum(p.numel() for p in prepare(0, 1.0).module_.parameters())
     run = one_by_one(prepare, train, finish)
-    return Trainer(run, parameters, 0.0, f"{number} threads, its own loop", tuning)
+    settings, plain = f"{number} threads, its own loop", torch_products(task)
+    return Trainer(run, parameters, 0.0, settings, tuning, plain)
 
 
 def find_gpu() -> tuple[str, str]:
@@ -670,6 +769,7 @@ def find_gpu() -> tuple[str, str]:
 
 
 NNX, EAGER, SKADA = "jaxgrl + NNX", "PyTorch eager", "skada"
+CONSTANT = "PyTorch compiled, constant scale"
 FLAX, TORCH = ("jax", "optax", "flax.nnx", "jaxgrl.nnx"), ("torch", "pytorch_revgrad")
 # Each with the modules that it needs, whose memory is not its own.
 TRAINERS: dict[str, tuple[tuple[str, ...], Callable[..., Trainer]]] = {
@@ -681,7 +781,11 @@ TRAINERS: dict[str, tuple[tuple[str, ...], Callable[..., Trainer]]] = {
     "JAX by hand": (("jax", "optax"), functools.partial(scanned, hand_loss)),
     "jaxgrl + NNX, a loop": (FLAX, functools.partial(looped, False)),
     "jaxgrl + NNX, a cached loop": (FLAX, functools.partial(looped, True)),
-    EAGER: (TORCH, functools.partial(pytorch, False)),
-    "PyTorch compiled": (TORCH, functools.partial(pytorch, True)),
+    EAGER: (TORCH, functools.partial(pytorch, scheduled_reversal, False)),
+    "PyTorch compiled": (TORCH, functools.partial(pytorch, scheduled_reversal, True)),
+    CONSTANT: (
+        ("torch", "gradient_reversal"),
+        functools.partial(pytorch, constant_reversal, True),
+    ),
     SKADA: (("torch", "skada.deep"), skada),
 }

@@ -71,7 +71,7 @@ def setting(steps, scale=1.0, gamma=10.0, rate=0.01, gain=1.0, twice=False):
     """Returns the arrays that make one training differ from the next."""
     strength = jnp.full(steps, scale, jnp.float32)
     if np.isfinite(gamma):
-        strength *= jaxgrl.dann_schedule(steps, gamma)(jnp.arange(steps))
+        strength *= jaxgrl.dann_schedule(steps, gamma=gamma)(jnp.arange(steps))
     # The mistake: the strength is in the layer, and weights the domain loss as well.
     weight = strength if twice else jnp.ones(steps)
     return {"scale": strength, "weight": weight, "rate": rate, "gain": gain}
@@ -87,7 +87,7 @@ def train(width, steps, setting, key, data):
     hidden = [nnx.Linear(100, width, rngs=rngs), nnx.relu] if width else []
     head = nnx.Sequential(*hidden, nnx.Linear(width or 100, 1, rngs=rngs))
     graphdef, params = nnx.split(DANN(features, classifier, head))
-    rate = jaxgrl.dann_learning_rate(setting["rate"], steps)
+    rate = jaxgrl.dann_learning_rate(setting["rate"], transition_steps=steps)
     optimizer = optax.sgd(rate, momentum=0.9)
 
     def forward(params, s, t, scale):

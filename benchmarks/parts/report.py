@@ -1,16 +1,14 @@
-"""What every benchmark leaves behind: a table, a verdict, and a file of results.
+"""What every benchmark prints and saves: a table, a verdict, and a file of results.
 
-A file of results is JSON: the command, the date, the machine, the versions, whether the
-run was complete, where the claim failed, and the rows of the table. It is written after
-every addition and in one move: an interruption leaves what was added, marked as
-incomplete.
+The file (see results.py) is written after every addition and in one move. An
+interruption leaves what was added, marked as incomplete.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import itertools
-import json
 import os
 import pathlib
 import platform
@@ -20,7 +18,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from parts import results
+from parts.results import Row
+
+ROOT = pathlib.Path(__file__).parents[2]
 SAME = ("benchmark", "settings", "machine", "versions")  # in a file to go on with
 PACKAGES = ("jaxgrl", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -34,9 +35,27 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
         "--output",
         type=pathlib.Path,
         default=pathlib.Path("runs"),
-        help="the folder that results are kept in, as a new JSON file (default: runs)",
+        help="folder of the results, each run a new JSON file (default: runs)",
     )
     return parser
+
+
+def command() -> str:
+    """Returns the command without the folders of this machine."""
+    shown, arguments = [], iter(sys.argv[1:])
+    for argument in arguments:
+        if argument == "--output":
+            next(arguments, None)
+        elif not argument.startswith("--output="):
+            option, _, value = argument.rpartition("=")
+            path = pathlib.PurePath(value)
+            if path.is_absolute() or ".." in path.parts:
+                argument = f"{option}={path.name}" if option else f"PATH/{path.name}"
+            shown.append(argument)
+    script = pathlib.Path(sys.argv[0]).resolve()
+    if script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    return shlex.join(["python", str(script), *shown])
 
 
 def processor() -> str:
@@ -59,7 +78,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 
 class Record:
-    """The results of one run, as they are kept in a file that no other run writes.
+    """The results of one run, saved in a file that no other run writes.
 
     Attributes:
       rows: The rows of the table, each a dictionary; ``add`` appends to them.
@@ -82,7 +101,7 @@ class Record:
           name: The benchmark.
           folder: Where a new file goes.
           device: What ran or was compiled for, if no CPU.
-          packages: Whose versions are kept.
+          packages: Whose versions are saved.
           settings: What must be the same for a file to be gone on with.
           resume: The file to go on with, in place of a new one.
         """
@@ -97,7 +116,7 @@ class Record:
             "complete": False,
             "holds": None,
             "failures": [],
-            "command": shlex.join([pathlib.Path(sys.executable).name, *sys.argv]),
+            "command": command(),
             "date": now.isoformat(timespec="seconds"),
             "machine": {
                 "processor": processor(),
@@ -119,7 +138,7 @@ class Record:
     def _resume(self) -> None:
         """Takes over the rows of the file, if they belong to the same benchmark."""
         try:
-            old = json.loads(self.path.read_text())
+            old = results.read(self.path)
             rows = list(old["rows"])
             old = {k: old[k] for k in (*SAME, "date")}
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -141,27 +160,24 @@ class Record:
             folder.mkdir(parents=True, exist_ok=True)
             for number in itertools.count(1):
                 path = folder / f"{stem}{f'-{number}' if number > 1 else ''}.json"
-                if not path.exists():
-                    with path.open("x") as file:
-                        json.dump(self.data, file)
+                with contextlib.suppress(FileExistsError):
+                    path.touch(exist_ok=False)
                     return path
         except OSError as error:
             sys.exit(f"--output must be a folder to write in, got {folder}: {error}")
         raise AssertionError("unreachable")
 
     def add(self, row: Row) -> None:
-        """Appends a row and keeps it."""
-        self.rows.append(row)
+        """Appends a row, its floats as the file has them, and saves it."""
+        self.rows.append(results.rounded(row))
         self.save()
 
     def save(self) -> None:
-        """Writes the file in one move: an interruption leaves the old or the new."""
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps(self.data, indent=1) + "\n")
-        draft.replace(self.path)
+        """Writes the file."""
+        results.write(self.path, self.data)
 
     def close(self, claim: str, failures: Iterable[str]) -> int:
-        """Keeps and prints the verdict; returns the exit status that it deserves."""
+        """Saves and prints the verdict; returns the exit status that it deserves."""
         failures = list(failures)
         self.data |= {"complete": True, "holds": not failures, "failures": failures}
         self.save()
@@ -172,7 +188,7 @@ class Record:
             f"{machine['cores']} cores, {machine['platform']}"
         )
         print(", ".join(f"{k} {v}" for k, v in self.data["versions"].items()))
-        print(f"Kept in {self.path}")
+        print(f"Saved in {self.path}")
         if failures:
             print("The claim does not hold:", *failures, sep="\n")
         else:
@@ -185,7 +201,7 @@ def interruptible(main: Callable[[], Any]) -> None:
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("Interrupted: what was finished is kept, marked incomplete.")
+        sys.exit("Interrupted: what was finished is saved, marked incomplete.")
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:

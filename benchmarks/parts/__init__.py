@@ -1,0 +1,1 @@
+"""What the benchmarks are made of; the commands are in the folder above."""

@@ -1,0 +1,50 @@
+"""The log probabilities that a classifier's logits stand for, and their entropy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_classes(
+    name: str,
+    logits: jax.Array,
+    activation: Callable[..., Any],
+    otherwise: str,
+    least_ndim: int = 2,
+) -> None:
+    """Raises ValueError unless ``logits`` are ``[..., C]`` for this activation.
+
+    ``otherwise`` says what to use in place of a function that needs classes.
+    """
+    softmax = activation is jax.nn.softmax
+    if not softmax and activation is not jax.nn.sigmoid:
+        raise ValueError(
+            "`activation` must be jax.nn.softmax or jax.nn.sigmoid, got "
+            f"{activation!r}. {otherwise}"
+        )
+    if logits.ndim < least_ndim or logits.shape[-1] < 1 + softmax:
+        raise ValueError(
+            f"`{name}` must be [batch, ..., C] with C {1 + softmax} or more for "
+            f"jax.nn.{activation.__name__}, got shape {logits.shape}. For a binary "
+            "head use `activation=jax.nn.sigmoid` and shape [batch, ..., 1]. "
+            f"{otherwise}"
+        )
+
+
+def log_probabilities(logits: jax.Array, activation: Callable[..., Any]) -> jax.Array:
+    """Returns the log probabilities ``[..., groups, classes]`` of ``[..., C]``.
+
+    A softmax is one group of C classes, a sigmoid C independent groups of two.
+    """
+    if activation is jax.nn.softmax:
+        return jax.nn.log_softmax(logits)[..., None, :]
+    return jax.nn.log_sigmoid(jnp.stack([-logits, logits], axis=-1))
+
+
+def entropy(log_p: jax.Array) -> jax.Array:
+    """Returns the entropy in nats, summed over independent groups."""
+    p = jnp.exp(log_p)
+    # A probability of 0 adds nothing, though its logarithm is infinite.
+    return -jnp.sum(p * jnp.where(p == 0, 0, log_p), axis=(-2, -1))
