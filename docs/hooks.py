@@ -135,25 +135,27 @@ HEADERS = {
 }
 
 
-def _correctness() -> tuple[list[str], list[dict[str, Any]]]:
-    """Returns the implementations, and the saved rows with a list in every cell."""
+def _correctness() -> tuple[str, list[str], list[dict[str, Any]]]:
+    """Returns JAX versions, implementations, and rows with a list in every cell."""
     path = ROOT / "benchmarks" / "parts" / "results.py"
     spec = importlib.util.spec_from_file_location("results", path)
     assert spec and spec.loader
     results = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(results)
-    rows = results.newest(ROOT / "benchmarks" / "results", "correctness")["rows"]
+    data = results.newest(ROOT / "benchmarks" / "results", "correctness")
+    versions = " / ".join(v["jax"] for v in (data["versions"], *data["beside"]))
+    rows = data["rows"]
     names = [name for name in rows[0] if name not in ("group", "situation")]
     for row in rows:
         for name in names:
             # The newest JAX, then the others; one entry where they are equal.
             row[name] = row[name] if isinstance(row[name], list) else [row[name]] * 2
-    return names, rows
+    return versions, names, rows
 
 
 def _counts() -> str:
     """Returns how often each implementation is right, wrong or an error, as a table."""
-    names, rows = _correctness()
+    versions, names, rows = _correctness()
     lines = ["| implementation | right | silently wrong | error |", "| --- " * 4 + "|"]
     for name in names:
         each = [row[name] for row in rows if row["group"] != LIMITS]
@@ -165,12 +167,12 @@ def _counts() -> str:
             for v in ("right", "wrong", "error")
         ]
         lines.append(f"| {HEADERS.get(name, name)} | {' | '.join(counts)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"Two numbers are those of JAX {versions}."])
 
 
 def _matrix() -> str:
     """Returns every cell of the saved comparison as a sortable table."""
-    names, rows = _correctness()
+    _, names, rows = _correctness()
     titles = ["#", "situation", *(HEADERS.get(name, name) for name in names)]
     lines = ['<div class="matrix" tabindex="0"><table class="sortable"><thead><tr>']
     lines += [f"<th>{title}</th>" for title in titles]
@@ -189,6 +191,7 @@ def _cell(results: list[str]) -> str:
     shown = results if len(set(verdicts)) > 1 else results[:1]
     # Of an error its type; the message appears where the pointer rests.
     texts = [r.split(": ")[1] if r.startswith("error") else r for r in shown]
-    text = " / ".join(html.escape(t).replace("Error", "<wbr>Error") for t in texts)
+    text = " / ".join(html.escape(t) for t in texts)
+    text = re.sub("(?<=[a-z])(?=[A-Z])", "<wbr>", text)
     title = html.escape(results[0])
     return f'<td class="{verdicts[0]}" title="{title}">{text}</td>'

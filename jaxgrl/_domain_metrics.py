@@ -40,16 +40,15 @@ def domain_weights(
       num_domains: K, 2 or more.
       where: Which rows count, bool, with as many axes as ``domains``, against which it
         broadcasts; all if None. Masked domains may be anything.
-      axis_name: As in ``domain_loss``. The weights sum to 1 over all devices.
+      axis_name: As in ``domain_loss``. The weights of all devices sum to 1.
 
     Returns:
       The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0, so all
       are 0 if no row counts. A traced domain out of range has nan.
 
     Raises:
-      ValueError: If the shapes do not fit, or a concrete domain is out of range;
-        outside ``jit``, ``domains`` is read for that.
-      TypeError: If a dtype does not fit.
+      ValueError: As in ``domain_loss``.
+      TypeError: As in ``domain_loss``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -22,48 +22,36 @@ def dann_schedule(
     gamma: float = 10.0,
     transition_begin: int = 0,
 ) -> optax.Schedule:
-    """Returns the schedule by which DANN turns the reversal on, from 0 to 1.
+    """Returns the schedule of the reversal in DANN, which rises from 0 to 1.
 
     With ``p = clip((step - transition_begin) / transition_steps, 0, 1)``::
 
         scale = init_value + (end_value - init_value) * (2 / (1 + exp(-gamma * p)) - 1)
 
-    It is exactly ``init_value`` up to ``transition_begin``. At the end it stops just
-    short of ``end_value``: with ``gamma=10`` at 0.99991 of the way.
-
-    The value belongs in the gradient reversal layer and nowhere else. Weighting the
-    domain loss with it as well gives the features its square and starves the domain
-    discriminator while it is small.
+    The end is just short of ``end_value``: with ``gamma=10`` at 0.99991 of the way.
+    Pass the value to the reversal layer only. If it weights the domain loss too, the
+    features see its square, and the discriminator learns nothing while it is small.
 
     Args:
-      transition_steps: The number of steps from start to end, as a rule all the steps
-        of the training. 1 or more.
-      init_value: The value at the start. A number, or a scalar array, which may be
-        traced.
-      end_value: The value that the end approaches. A number, or a scalar array, which
-        may be traced.
-      gamma: The steepness, positive; 10 in the paper.
-      transition_begin: The step at which the transition starts, 0 or more.
+      transition_steps: Steps from start to end, usually the whole training; 1 or more.
+      init_value: Value at the start, a number or a scalar array, which may be traced.
+      end_value: Value that the end approaches, likewise.
+      gamma: Steepness, positive; 10 in the paper.
+      transition_begin: Step at which the transition starts, 0 or more.
 
     Returns:
-      An ``optax.Schedule``: a function from the step, an integer or an array of
-      integers, concrete or traced, to the scale: an array of the shape of the step,
-      float32 or wider.
+      An ``optax.Schedule``. It maps integers of any shape, traced or not, to scales of
+      the same shape, float32 or wider.
 
     Raises:
       ValueError: If an argument breaks its rule.
-      TypeError: If a number is expected and something else is given, or if more than
-        ``transition_steps`` is given by position.
+      TypeError: If an argument is not a number.
 
     Example:
       >>> import jaxgrl
       >>> schedule = jaxgrl.dann_schedule(transition_steps=1000)
-      >>> for step in (0, 100, 500, 1000):
-      ...     print(step, f"{schedule(step):.5f}")
-      0 0.00000
-      100 0.46212
-      500 0.98661
-      1000 0.99991
+      >>> print(*(f"{schedule(step):.5f}" for step in (0, 100, 500, 1000)))
+      0.00000 0.46212 0.98661 0.99991
 
     References:
       Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, ICML 2015,
@@ -96,39 +84,31 @@ def dann_learning_rate(
 
         learning_rate = init_value / (1 + alpha * p) ** beta
 
-    It is exactly ``init_value`` at step 0 and, by default, 0.166 of it at the end.
+    By default the end is at 0.166 of ``init_value``.
 
     Args:
-      init_value: The learning rate at the start, 0.01 in the paper. A number, or a
-        scalar array, which may be traced.
-      transition_steps: The number of steps from start to end, as a rule all the steps
-        of the training. 1 or more.
+      init_value: Rate at the start, a number or a scalar array, which may be traced;
+        0.01 in the paper.
+      transition_steps: Steps from start to end, usually the whole training; 1 or more.
       alpha: How far it decays, 0 or more; 10 in the paper.
-      beta: The exponent of the decay, 0 or more; 0.75 in the paper.
+      beta: Exponent of the decay, 0 or more; 0.75 in the paper.
 
     Returns:
-      An ``optax.Schedule``: a function from the step, an integer or an array of
-      integers, concrete or traced, to the learning rate: an array of the shape of the
-      step, float32 or wider.
+      An ``optax.Schedule``. It maps integers of any shape, traced or not, to rates of
+      the same shape, float32 or wider.
 
     Raises:
       ValueError: If an argument breaks its rule.
-      TypeError: If a number is expected and something else is given, or if more than
-        ``init_value`` is given by position.
+      TypeError: If an argument is not a number.
 
     Example:
-      >>> import jaxgrl, optax
+      >>> import jaxgrl
       >>> schedule = jaxgrl.dann_learning_rate(0.01, transition_steps=1000)
-      >>> for step in (0, 500, 1000):
-      ...     print(step, f"{schedule(step):.5f}")
-      0 0.01000
-      500 0.00261
-      1000 0.00166
-      >>> optimizer = optax.sgd(schedule, momentum=0.9)
+      >>> print(*(f"{schedule(step):.5f}" for step in (0, 500, 1000)))
+      0.01000 0.00261 0.00166
 
     References:
-      Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, ICML 2015,
-      https://proceedings.mlr.press/v37/ganin15.html
+      Ganin and Lempitsky, ICML 2015, as in ``dann_schedule``.
     """
     init = _value("init_value", init_value)
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)

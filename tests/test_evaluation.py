@@ -47,14 +47,21 @@ def _naive_infomax(rows, sigmoid):
     return (p * np.log(p)).sum(axis=1).mean() - (mean * np.log(mean)).sum()
 
 
-@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
-@pytest.mark.parametrize("shape", [(9, 4), (6, 5, 3), (4, 3, 2, 2), (9, 1)])
+@pytest.mark.parametrize(
+    "shape, sigmoid",
+    [
+        ((9, 4), False),
+        ((6, 5, 3), False),
+        ((4, 3, 2, 2), False),
+        ((9, 4), True),
+        ((4, 3, 2, 2), True),
+        ((9, 1), True),
+    ],
+)
 def test_infomax_of_rows_of_any_shape(shape, sigmoid):
     rng = np.random.default_rng(0)
     logits = 2 * rng.normal(size=shape).astype(np.float32)
     activation = jax.nn.sigmoid if sigmoid else jax.nn.softmax
-    if shape[-1] == 1 and not sigmoid:
-        pytest.skip("a softmax has 2 classes or more")
     found = information_maximization(logits, activation=activation)
     assert found.dtype == jnp.float32
     rows = logits.reshape(-1, shape[-1])

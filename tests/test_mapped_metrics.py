@@ -301,6 +301,7 @@ def test_a_map_on_an_explicit_mesh(spec, jit):
     grad = jax.value_and_grad(domain_loss)
     expected = grad(logits, domains, where=where)
     accuracy = domain_accuracy(logits, domains, where=where)
+    plain = domain_loss(logits, domains)
     with jax.set_mesh(_mesh(AxisType.Explicit)):
         z, mask = jax.device_put(logits, spec), jax.device_put(where, spec)
         for domains_spec in (P(), P("i")) if spec == P("i") else (P(),):
@@ -310,3 +311,5 @@ def test_a_map_on_an_explicit_mesh(spec, jit):
             _assert_close(jax.device_get(actual), jax.device_get(expected))
             f = jax.jit(domain_accuracy) if jit else domain_accuracy
             np.testing.assert_allclose(f(z, d, where=mask), accuracy, rtol=1e-5)
+            unmasked = jax.jit(domain_loss) if jit else domain_loss
+            np.testing.assert_allclose(unmasked(z, d), plain, rtol=1e-5)

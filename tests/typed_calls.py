@@ -25,6 +25,7 @@ from jaxgrl import (
     dann_schedule,
     domain_accuracy,
     domain_loss,
+    domain_weights,
     entropy_weights,
     gradient_reversal,
     information_maximization,
@@ -72,18 +73,23 @@ def scales() -> None:
 
 
 def layers() -> None:
-    layer = jaxgrl.nnx.GradientReversal(0.5)
+    layer = jaxgrl.nnx.GradientReversal(0.5, forward_mode=True)
     assert_type(layer(X), jax.Array)
     assert_type(layer([X], [X[:, 0]]), list[jax.Array])
     layer(X, None)
     jaxgrl.nnx.GradientReversal(nnx.Variable(jnp.ones(())))(X, scale=X)
-    jaxgrl.linen.GradientReversal(scale=0.5).apply({}, X, None)
+    jaxgrl.linen.GradientReversal(scale=0.5, forward_mode=True).apply({}, X, None)
     rngs = nnx.Rngs(0)
-    trunk, labels, domains = (nnx.Linear(3, n, rngs=rngs) for n in (3, 2, 1))
-    model = jaxgrl.nnx.DANN(trunk, labels, domains)
+    trunk, labels = nnx.Linear(3, 3, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)
+    model = jaxgrl.nnx.DANN(trunk, labels, nnx.Linear(3, 1, rngs=rngs))
     label_logits, domain_logits = model(X, dann_schedule(9)(3))
     assert label_logits.shape == (4, 2) and domain_logits.shape == (4, 1)
-    assert_type(model(X, None), jaxgrl.nnx.DANNOutput)
+    assert_type(model(X, None), jaxgrl.DANNOutput)
+    domains = nnx.Linear(6, 1, rngs=rngs)
+    cdan = jaxgrl.nnx.DANN(
+        trunk, labels, domains, condition=multilinear_map, activation=jax.nn.sigmoid
+    )
+    assert_type(cdan(X), jaxgrl.DANNOutput)
     linen_model = jaxgrl.linen.DANN(nn.Dense(3), nn.Dense(2), nn.Dense(1))
     linen_model.init(jax.random.key(0), X, dann_schedule(9)(3))
 
@@ -101,9 +107,18 @@ def measures() -> None:
     assert_type(domain_loss(logits, DOMAINS), jax.Array)
     assert_type(domain_loss(logits, DOMAINS, where=DOMAINS < 1), jax.Array)
     assert_type(domain_accuracy(np.ones(4), DOMAINS), jax.Array)
-    assert_type(entropy_weights(X, DOMAINS), jax.Array)
+    weights = domain_weights(DOMAINS, num_domains=3, where=DOMAINS < 1)
+    assert_type(weights, jax.Array)
+    domain_loss(
+        jnp.ones((4, 2, 3)), DOMAINS[:, None], num_domains=3, weights=weights[:, None]
+    )
+    jax.vmap(lambda x, d: domain_loss(x, d, axis_name="i"), axis_name="i")(
+        X.T, np.eye(3, 4, dtype=int)
+    )
+    assert_type(entropy_weights(X, DOMAINS, activation=jax.nn.sigmoid), jax.Array)
     assert_type(multilinear_map(X, X), jax.Array)
-    assert_type(information_maximization(X), jax.Array)
+    infomax = information_maximization(X, where=DOMAINS < 1, activation=jax.nn.sigmoid)
+    assert_type(infomax, jax.Array)
     found = proxy_a_distance(X, 5 + np.ones((4, 3)), folds=2, seed=1)
     assert_type(found, jaxgrl.ProxyADistance)
     assert_type(found.distance, float)
@@ -129,7 +144,9 @@ INCORRECT: list[Callable[[], Any]] = [
     lambda: reverse_by("0.5", 1),  # pyright: ignore[reportArgumentType]
     lambda: jaxgrl.nnx.GradientReversal("0.5")(X),  # pyright: ignore[reportArgumentType]
     lambda: jaxgrl.nnx.GradientReversal(0.5)(X, "0.5"),  # pyright: ignore[reportArgumentType]
+    lambda: jaxgrl.nnx.GradientReversal(0.5, True),  # pyright: ignore[reportCallIssue]
     lambda: jaxgrl.nnx.DANN(nnx.relu, nnx.relu),  # pyright: ignore[reportCallIssue]
+    lambda: jaxgrl.nnx.DANN(nnx.relu, nnx.relu, nnx.relu, multilinear_map),  # pyright: ignore[reportCallIssue]
     lambda: dann_schedule(1000, 0.3),  # pyright: ignore[reportCallIssue]
     lambda: dann_schedule(),  # pyright: ignore[reportCallIssue]
     lambda: dann_schedule("9"),  # pyright: ignore[reportArgumentType]
@@ -142,7 +159,12 @@ INCORRECT: list[Callable[[], Any]] = [
     lambda: domain_loss("logits", DOMAINS),  # pyright: ignore[reportArgumentType]
     lambda: domain_loss(jnp.ones(4)),  # pyright: ignore[reportCallIssue]
     lambda: domain_accuracy(X[:, 0], DOMAINS, DOMAINS < 1),  # pyright: ignore[reportCallIssue]
+    lambda: domain_loss(jnp.ones(4), DOMAINS, 2),  # pyright: ignore[reportCallIssue]
+    lambda: domain_weights(DOMAINS, 2),  # pyright: ignore[reportCallIssue]
+    lambda: domain_weights(DOMAINS, num_domains="2"),  # pyright: ignore[reportArgumentType]
     lambda: entropy_weights(None, DOMAINS),  # pyright: ignore[reportArgumentType]
+    lambda: entropy_weights(X, DOMAINS, 2),  # pyright: ignore[reportCallIssue]
     lambda: information_maximization(None),  # pyright: ignore[reportArgumentType]
+    lambda: information_maximization(X, X > 0),  # pyright: ignore[reportCallIssue]
     lambda: proxy_a_distance(X, X + 5, folds=2).error,  # pyright: ignore[reportAttributeAccessIssue]
 ]
