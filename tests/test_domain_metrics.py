@@ -320,6 +320,9 @@ def test_labels_are_source_0_and_target_1():
     assert domain_accuracy(confident, np.array([0, 1])) == 1
     assert domain_accuracy(confident, np.array([1, 0])) == 0
     assert domain_accuracy(confident, np.array([False, True])) == 1
+    undecided = np.zeros((1, 2), np.float32)  # is the first, with one logit or two
+    assert domain_accuracy(undecided, np.array([0])) == 1
+    assert domain_accuracy(undecided[:, 0], np.array([0])) == 1
 
 
 def test_a_constant_discriminator_has_accuracy_one_over_k():

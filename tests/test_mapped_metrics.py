@@ -123,7 +123,8 @@ def test_the_mean_over_devices_is_the_whole_batch(split, name):
     # Differentiated inside, as a training step does it.
     def step(*args):
         def loss(w):
-            return lax.pmean(local(w, *args[1:]), "i")
+            value, aux = local(w, *args[1:])
+            return lax.pmean(value, "i"), aux
 
         return lax.pmean(jax.value_and_grad(loss, has_aux=True)(args[0]), "i")
 
