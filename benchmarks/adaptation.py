@@ -44,7 +44,6 @@ the result, each with its command, machine and versions.
 
 import dataclasses
 import functools
-import json
 import math
 import os
 import pathlib
@@ -56,7 +55,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from flax import nnx
-from parts import criteria, report, tasks
+from parts import criteria, report, results, tasks
 from tqdm import tqdm
 
 import jaxgrl
@@ -76,7 +75,7 @@ CRITERIA = ("InfoMax", "centroid agreement", "reverse validation", "source accur
 RULES = {name: (name, criteria.best) for name in CRITERIA} | {
     "InfoMax, nearest to 1": ("InfoMax", criteria.nearest_to_one)
 }
-DEFAULT = "InfoMax"
+DEFAULT = "InfoMax, nearest to 1"
 MEAN, WORST = 0.5, 3.0  # what the default may lose, in points
 SOURCE = ("command", "date", "machine", "versions")
 PACKAGES = (*report.PACKAGES, "scikit-learn", "scipy", "h5py")
@@ -361,7 +360,7 @@ def parse_args() -> Any:
     args.joined = []
     if args.other:
         try:
-            other = json.loads(args.other.read_text())
+            other = results.read(args.other)
             args.joined, args.source = other["rows"], {k: other[k] for k in SOURCE}
         except (ValueError, KeyError, TypeError) as error:
             parser.error(
@@ -370,7 +369,13 @@ def parse_args() -> Any:
     every = tasks.make_tasks(args.data)
     joined = {row["task"] for row in args.joined}
     args.also = [task for task in every if task.name in joined]
-    args.chosen = [t for t in every if args.tasks in t.name and t.name not in joined]
+    args.chosen = [
+        task
+        for task in every
+        if args.tasks in task.name
+        and task.name not in joined
+        and (args.data or not task.from_file)
+    ]
     if args.seeds:
         args.chosen = [
             dataclasses.replace(task, seeds=args.seeds) for task in args.chosen
@@ -405,7 +410,7 @@ def main() -> int:
         for task, method in bar:
             if (task.name, method) not in done:
                 bar.set_description(f"{task.name}, {method}")
-                record.rows.extend(run_cell(task, method))
+                record.rows.extend(results.rounded(run_cell(task, method)))
                 record.save()
 
     shown, rows = [*args.also, *args.chosen], [*args.joined, *record.rows]

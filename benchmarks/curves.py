@@ -11,6 +11,7 @@ the two pictures of the documents, saves the final numbers and prints them:
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +143,8 @@ def train(width, steps, setting, key, data):
 
 
 # 3. All trainings: compiled once for each width; the seeds are mapped over inside.
-def train_all(seeds, steps):
-    """Returns {name of the run: {quantity: [seed, evaluation]}}."""
+def train_all(seeds, steps, record):
+    """Returns {name of the run: {quantity: [seed, evaluation]}}; saves the ends."""
     splits = [rotated_digits(25.0, seed) for seed in range(seeds)]
     data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
@@ -155,7 +156,9 @@ def train_all(seeds, steps):
     runs = [change for change, _ in RUNS.values()] + [TWICE]
     wanted = [{key: v} for key, (_, values) in CHOICES.items() for v in values]
     wanted += [{"scale": 0.0, "rate": rate} for rate in CHOICES["rate"][1]]
-    changes = {name(change): change for change in runs + wanted}
+    changes: dict[str, dict[str, Any]] = {}
+    for change in runs + wanted:
+        changes.setdefault(name(change), change)
     results = {}
     for own_name, change in tqdm(changes.items(), unit="setting"):
         own = {key: v for key, v in change.items() if key != "width"}
@@ -164,6 +167,8 @@ def train_all(seeds, steps):
         if change in runs:
             curves["fresh classifier"] = np.array(list(map(fresh, *ends)))
         results[own_name] = curves
+        last = {k: np.transpose(v)[-1] if v.ndim > 1 else v for k, v in curves.items()}
+        record.add({"setting": own_name} | {k: v.tolist() for k, v in last.items()})
     return results
 
 
@@ -225,7 +230,7 @@ def draw_runs(results, steps):
         axis.grid(alpha=0.25)
     figure.supxlabel("training step", size=10)
     figure.suptitle(
-        "A DANN that works, and five that do not; yellow panels give the failure away\n"
+        "A DANN that works and five that fail. Yellow panels show the failure.\n"
         "thin: seeds; thick: mean; dashed: the scale weights the domain loss as well\n"
         "orange diamond: accuracy of a new, linear domain classifier at the end",
         size=11,
@@ -258,20 +263,10 @@ def draw_choices(results):
         axis.tick_params(labelleft=True)
         axis.grid(alpha=0.3)
     axes[0, 1].legend(loc="center right", fontsize=9)
-    figure.suptitle("DANN on rotated digits, one choice varied at a time (axis cut)")
+    figure.suptitle(
+        "DANN on rotated digits, one choice varied at a time. Axes do not start at 0"
+    )
     return figure
-
-
-def final_rows(results) -> list[report.Row]:
-    """Returns a row for each setting: the final numbers of every seed."""
-    return [
-        {"setting": own_name}
-        | {
-            k: np.transpose(v)[-1].tolist() if v.ndim > 1 else v.tolist()
-            for k, v in curves.items()
-        }
-        for own_name, curves in results.items()
-    ]
 
 
 def print_tables(results, steps):
@@ -322,9 +317,7 @@ def main() -> int:
         parser.error(f"--pictures must be a folder, got {args.pictures}")
     settings = {"seeds": args.seeds, "steps": args.steps}
     record = report.Record("curves", args.output, packages=PACKAGES, settings=settings)
-    results = train_all(args.seeds, args.steps)
-    record.rows.extend(final_rows(results))
-    record.save()
+    results = train_all(args.seeds, args.steps, record)
     pictures.save(draw_runs(results, args.steps), args.pictures / "runs.png")
     pictures.save(draw_choices(results), args.pictures / "choices.png")
     print_tables(results, args.steps)

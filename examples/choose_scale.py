@@ -49,14 +49,13 @@ def choose(scales, scores):
     if count < 2:
         raise ValueError(f"scores must be of 2 or more seeds, got {count}")
     means = scores.mean(axis=1)
-    kept = np.flatnonzero(~np.isnan(means))
-    if not len(kept):
+    if np.isnan(means).all():
         raise ValueError("every scale diverged; lower the learning rate")
-    lost = scores[max(kept, key=lambda i: means[i])] - scores
+    lost = scores[np.nanargmax(means)] - scores
     error = lost.std(axis=1, ddof=1) / np.sqrt(count)
+    close = np.flatnonzero(lost.mean(axis=1) <= error)
     with np.errstate(divide="ignore"):
         distance = np.abs(np.log(scales))
-    close = [i for i in kept if lost[i].mean() <= error[i]]
     return int(min(close, key=lambda i: (distance[i], -means[i])))
 
 

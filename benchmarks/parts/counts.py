@@ -17,7 +17,7 @@ Parts = dict[str, dict[str, Counts]]  # forward and gradient, by the name of the
 CASE = ("program", "dtype", "scale", "sharded")
 AGAINST = {"forward": "none", "gradient": "by hand"}
 FORWARD = ("ops", "fusions", "flops", "bytes", "copies", "temp bytes")
-COLUMNS = (*FORWARD, "residual bytes", "collectives", "same bits")
+COLUMNS: tuple[str, ...] = (*FORWARD, "residual bytes", "collectives", "same bits")
 
 
 def to_row(case: Row, parts: Parts) -> Row:
@@ -42,7 +42,7 @@ def from_row(row: Row) -> tuple[Row, Parts]:
             continue
         if entry == "equal":
             entry = row[f"{part}, {AGAINST[part]}"]
-        counts = {"error": entry}
+        counts: Counts = {"error": entry}
         if isinstance(entry, list):
             counts = dict(zip(COLUMNS, entry, strict=True))
         parts.setdefault(part, {})[layer] = counts

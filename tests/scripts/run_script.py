@@ -31,6 +31,34 @@ def run(script, *options):
     )
 
 
+INTERRUPTING = """
+import pathlib, runpy, signal, sys
+text, script = sys.argv[1:3]
+del sys.argv[:2]
+sys.path[0] = str(pathlib.Path(script).parent)
+replace = pathlib.Path.replace
+def interrupting(draft, target):
+    found = replace(draft, target)
+    if text in pathlib.Path(target).read_text():
+        pathlib.Path.replace = replace
+        signal.raise_signal(signal.SIGINT)
+    return found
+pathlib.Path.replace = interrupting
+# A job in the background of a shell ignores the signal, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def interrupted(script, *options, text):
+    """Returns the process of a script that Ctrl-C ended once it had saved this text.
+
+    The signal comes from within, so that no clock decides where it hits.
+    """
+    command = [sys.executable, "-c", INTERRUPTING, text, ROOT / script, *options]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
 def finished(script, *options, output):
     """Returns what a script printed, the folder that it made, and its results."""
     result = run(script, *options, "--output", output)

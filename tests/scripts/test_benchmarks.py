@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from run_script import ROOT, load, run
+from run_script import ROOT, interrupted, load, run
 
 COMMANDS = ("adaptation", "correctness", "curves", "overhead", "plot", "timing")
 COMMANDS += ("training",)
@@ -42,6 +42,18 @@ def test_timing_measures_every_section(tmp_path):
     assert "No claim was judged." in printed
     ratios = [row["ratio"] for row in rows if row["section"] in ("steps", "devices")]
     assert len(ratios) == 6 and all(0.1 < ratio < 10 for ratio in ratios)
+
+
+@pytest.mark.slow
+def test_an_interruption_leaves_the_sections_that_were_finished(tmp_path):
+    options = ("--quick", "--only", "import", "steps", "--output", tmp_path)
+    process = interrupted("benchmarks/timing.py", *options, text='"import jaxgrl')
+    assert process.returncode == 1
+    assert "what was finished is saved, marked incomplete" in process.stderr
+    (path,) = tmp_path.iterdir()
+    saved = results.read(path)
+    assert [row["section"] for row in saved["rows"]] == ["import"]
+    assert saved["complete"] is False
 
 
 @pytest.mark.slow
@@ -124,6 +136,10 @@ def test_curves_saves_and_draws_what_it_prints(tmp_path):
     assert re.search(rf"target accuracy +{mean:.3f} ±", printed)
 
 
+@pytest.mark.skipif(
+    not (ROOT / "benchmarks" / "results").is_dir(),
+    reason="the saved results are not part of the sdist",
+)
 def test_plot_draws_the_saved_results_and_only_whole_ones(tmp_path):
     saved = ROOT / "benchmarks" / "results"
     for path in saved.glob("*.json"):

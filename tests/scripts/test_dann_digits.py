@@ -1,14 +1,10 @@
 """The main example: what it keeps, and what an interruption leaves."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from run_script import ROOT, finished
+from run_script import finished, interrupted
 
 pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_digits.py"
@@ -36,18 +32,11 @@ def test_a_short_run_keeps_a_table_a_picture_and_numbers(tmp_path):
 
 
 def test_an_interruption_leaves_what_was_finished(tmp_path):
-    command = [sys.executable, ROOT / SCRIPT, "--seeds", "1", "--output", tmp_path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        kept = list(tmp_path.glob("*/results.json"))
-        if kept and "source only" in json.loads(kept[0].read_text())["methods"]:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "marked incomplete" in errors
-    results = json.loads(kept[0].read_text())
+    options = ("--seeds", "1", "--steps", "200", "--output", tmp_path)
+    process = interrupted(SCRIPT, *options, text='"source only": {')
+    assert process.returncode == 1 and "marked incomplete" in process.stderr
+    (path,) = tmp_path.glob("*/results.json")
+    results = json.loads(path.read_text())
     assert results["complete"] is False
     assert "source only" in results["methods"]
     assert "trained on target" not in results["methods"]
