@@ -76,10 +76,10 @@ def _predictions(
         # [batch] has no axis of classes. A row under vmap is [C] beside features [F].
         least_ndim = 1 if getattr(features, "ndim", 2) == 1 else 2
         if shape is None or len(shape) < least_ndim or shape[-1] < least:
+            got = type(label_logits).__name__ if shape is None else f"shape {shape}"
             raise ValueError(
                 f"`label_logits` must be [batch, ..., C] with C {least} or more where "
-                "`condition` is given, got "
-                f"{type(label_logits).__name__ if shape is None else shape}. Use "
+                f"`condition` is given, got {got}. Use "
                 "`activation=jax.nn.sigmoid` for a binary head [batch, 1] and for "
                 "independent labels, `activation=lambda y: y` for a regression, and "
                 "`activation=lambda y: jax.nn.softmax(y['label'])` for a dict."

@@ -105,7 +105,8 @@ class DANN(nnx.Module):
         - any other callable: ``lambda y: y`` for a regression.
 
     Attributes:
-      gradient_reversal: The layer, ``GradientReversal()``.
+      gradient_reversal: The layer, ``GradientReversal()``. Replace it for another
+        default scale or for ``forward_mode=True``.
 
     Example:
       >>> import jax.numpy as jnp
