@@ -95,7 +95,11 @@ def _is_table(value: Any) -> bool:
 def _shown(value: Any) -> str:
     if not _is_table(value):
         return _json(value)
-    blocks = [_block(list(rows)) for _, rows in groupby(value, tuple)]
+    # A block for each task, so that its name is written once.
+    blocks = [
+        _block(list(rows))
+        for _, rows in groupby(value, lambda row: (*row, row.get("task")))
+    ]
     return "[\n{}\n]".format(",\n".join(blocks))
 
 
