@@ -415,7 +415,7 @@ def _nudged(value: Any, nudge: Any) -> Any:
         jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1) if shape else 0.0
     )
     step = jnp.asarray(nudge * (1 + ramp) / (shape or (1,))[-1], value.dtype)
-    return jnp.where(value == 0, step / value.size**0.5, value * (1 + step))
+    return value * (1 + step) + jnp.where(value == 0, step / value.size**0.5, 0)
 
 
 def _on_host(array: Any) -> np.ndarray:
