@@ -70,7 +70,9 @@ def dann(**parts):
     classifier = parts.get("classify", classify)
     hidden_part = parts.get("hide", hide)
     last = parts.get("discriminate", discriminate)
-    domain_part = parts.get("domain_loss", lambda logits, s: domain_loss(logits, DOMAINS))
+    domain_part = parts.get(
+        "domain_loss", lambda logits, s: domain_loss(logits, DOMAINS)
+    )
     label_part = parts.get("label_loss", lambda logits, s: label_loss(logits))
 
     def loss(params, scale):
