@@ -56,9 +56,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from flax import nnx
 from parts import criteria, report, results, tasks
+from parts.intervals import mean_interval
 from tqdm import tqdm
 
 import jaxgrl
@@ -281,6 +281,7 @@ def summary(rows: list[report.Row], task: tasks.Task) -> list[report.Row]:
     chosen = math.nan
     if not task.generalisation:
         chosen = choose(rows, task.name, DEFAULT)
+        assert chosen is not None  # InfoMax is measured on every task
         cells["DANN, chosen"] = "DANN", chosen
     baseline = per_seed(rows, task.name, "DANN", 0.0)
     table = []
@@ -296,9 +297,8 @@ def summary(rows: list[report.Row], task: tasks.Task) -> list[report.Row]:
         row |= {"mean": values.mean(), "std": values.std(ddof=1)}
         if method != "source only":
             gain = values - baseline
-            half = scipy.stats.t.ppf(0.975, len(gain) - 1) * scipy.stats.sem(gain)
-            row |= {"gain": gain.mean(), "low": gain.mean() - half}
-            row |= {"high": gain.mean() + half}
+            low, high = mean_interval(gain)
+            row |= {"gain": gain.mean(), "low": low, "high": high}
         table.append(row)
     return table
 

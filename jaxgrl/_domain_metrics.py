@@ -246,10 +246,9 @@ def of_own_domain(table: jax.Array, member: jax.Array, mask: jax.Array) -> jax.A
 def _row_weights(
     member: jax.Array, mask: jax.Array, axis_name: Hashable | None, dtype: Any
 ) -> jax.Array:
-    counts = sum_by_domain(1, member, axis_name)
-    present = jnp.maximum(jnp.sum(counts > 0), 1).astype(dtype)
-    shares = 1 / (present * jnp.maximum(counts, 1).astype(dtype))
-    return of_own_domain(shares, member, mask)
+    counts = sum_by_domain(1, member, axis_name).astype(dtype)
+    present = jnp.sum(counts > 0).astype(dtype)
+    return of_own_domain(1 / jnp.maximum(present * counts, 1), member, mask)
 
 
 def _over_devices(value: Any, axis_name: Hashable | None) -> Any:

@@ -165,7 +165,7 @@ def test_flat_positions_are_not_taken_for_domains():
         ((4, 2), (4, 1), 2, "`num_domains=2`, `logits[..., None]` and `domains`"),
         ((4, 5, 2), (4, 1, 1), 2, "`num_domains=2` and `domains[..., 0]`"),
         ((2, 0), (2,), 2, "one more of size 1 or 2"),
-        ((), (1,), 2, "got shape () for `domains` of shape (1,)"),
+        ((), (1,), 2, "`num_domains=2` and `domains[..., 0]`. If"),
     ],
 )
 @pytest.mark.parametrize("function", [domain_loss, domain_accuracy])
@@ -320,6 +320,9 @@ def test_labels_are_source_0_and_target_1():
     assert domain_accuracy(confident, np.array([0, 1])) == 1
     assert domain_accuracy(confident, np.array([1, 0])) == 0
     assert domain_accuracy(confident, np.array([False, True])) == 1
+    undecided = np.zeros((1, 2), np.float32)  # is the first, with one logit or two
+    assert domain_accuracy(undecided, np.array([0])) == 1
+    assert domain_accuracy(undecided[:, 0], np.array([0])) == 1
 
 
 def test_a_constant_discriminator_has_accuracy_one_over_k():
@@ -429,6 +432,21 @@ def test_a_traced_domain_out_of_range_gives_nan():
         assert np.isnan(weights).tolist() == [not 0 <= d <= 1 for d in bad]
 
 
+def test_a_constant_domain_may_be_masked_by_a_traced_mask():
+    def weights(where):
+        return domain_weights(np.array([0, 9, 1]), where=where)
+
+    assert jax.jit(weights)(np.array([True, False, True])).tolist() == [0.5, 0, 0.5]
+    assert np.isnan(jax.jit(weights)(np.ones(3, bool))).tolist() == [False, True, False]
+
+
+def test_a_missing_domain_divides_nothing_by_zero():
+    with jax.debug_infs(True):
+        assert domain_weights(jnp.array([2, 2]), num_domains=4).tolist() == [0.5, 0.5]
+        nothing = domain_weights(jnp.array([0]), where=jnp.array([False]))
+    assert nothing == 0
+
+
 def test_a_domain_is_known_inside_jit_where_it_is_a_constant():
     def loss(logits):
         return domain_loss(logits, np.array([0, 2]))
@@ -455,6 +473,7 @@ def test_a_domain_is_known_inside_jit_where_it_is_a_constant():
         (np.zeros(2), [0.0, 1.0], {}, TypeError, "`domains` .*integer or bool.*float"),
         (np.zeros(2), [0, 2], {}, ValueError, "`domains` .*0 to 1 .*got 0 to 2"),
         (np.zeros(2), [0, -1], {}, ValueError, "`domains` .*0 to 1 .*got -1 to 0"),
+        (np.zeros(4), [0, 1], {}, ValueError, r"`domains` .*\(4,\), .*\(2,\)\.$"),
         (np.zeros(2), [0, 1], {"where": [1, 0]}, TypeError, "`where` .*bool.*int"),
         (np.zeros(2), [0, 1], {"where": [True] * 3}, ValueError, r"`where` .*\(3,\)"),
         (
