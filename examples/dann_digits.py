@@ -29,7 +29,6 @@ import jaxgrl
 from jaxgrl.nnx import DANN
 
 BATCH = 64  # examples from each domain
-METHODS = ("source only", "DANN", "trained on target")
 
 
 # 1. The model. DANN puts the reversal layer between features and discriminator.
@@ -123,14 +122,14 @@ def main():
     data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)
     # The ceiling is the same training with the target's images and labels as source.
     ceiling = data | {"source": data["target"], "source_labels": data["target_labels"]}
-    jobs = (data, 0.0), (data, args.scale), (ceiling, 0.0)
+    methods = {"source only": (data, 0.0), "DANN": (data, args.scale)}
+    methods |= {"trained on target": (ceiling, 0.0)}
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
     rate = jaxgrl.dann_learning_rate(args.learning_rate, transition_steps=args.steps)
     training = make_training(make_model, optax.sgd(rate, momentum=0.9), args.steps)
     features = {}
 
     def chunks():
-        methods = dict(zip(METHODS, jobs, strict=True))
         for *chunk, state in train(*training, methods, keys, args.steps):
             method, step, *_ = chunk
             if step == args.steps:
@@ -142,7 +141,7 @@ def main():
             yield chunk
 
     with Run("dann_digits", args, methods={}) as run:
-        run.follow(chunks(), len(METHODS) * args.steps, args.steps)
+        run.follow(chunks(), len(methods) * args.steps, args.steps)
     print_methods(run.results["methods"])
     if not args.no_plot:
         labels = [splits[0]["source_labels"], splits[0]["test_labels"]]

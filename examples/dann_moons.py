@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sklearn.datasets
-from dann_digits import METHODS, make_training
+from dann_digits import make_training
 from flax import nnx
 from support.pictures import animate_moons, draw_moons
 from support.run import Run, make_parser, parse, print_methods
@@ -73,20 +73,20 @@ def main():
     data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)
     # The ceiling is the same training with the target's points and labels as source.
     ceiling = data | {"source": data["target"], "source_labels": data["target_labels"]}
-    jobs = (data, 0.0), (data, args.scale), (ceiling, 0.0)
+    methods = {"source only": (data, 0.0), "DANN": (data, args.scale)}
+    methods |= {"trained on target": (ceiling, 0.0)}
     keys = jax.vmap(jax.random.key)(jnp.arange(args.seeds))
     rate = jaxgrl.dann_learning_rate(args.learning_rate, transition_steps=args.steps)
     training = make_training(make_model, optax.adam(rate), args.steps)
-    history = {method: [] for method in METHODS}  # parameters after every chunk
+    history = {method: [] for method in methods}  # parameters after every chunk
 
     def chunks():
-        methods = dict(zip(METHODS, jobs, strict=True))
         for *chunk, state in train(*training, methods, keys, args.steps):
             history[chunk[0]].append(state[0])
             yield chunk
 
     with Run("dann_moons", args, methods={}) as run:
-        run.follow(chunks(), len(METHODS) * args.steps, args.steps)
+        run.follow(chunks(), len(methods) * args.steps, args.steps)
         # The seed whose DANN accuracy is the median (of two, the lower) is drawn.
         final = np.array(run.results["methods"]["DANN"]["target_accuracy"][-1])
         seed = int(np.argsort(final, kind="stable")[(len(final) - 1) // 2])
