@@ -60,7 +60,7 @@ README = (
     "stop_gradient trick",
     "optax.scale_gradient",
 )
-WIDTH, SAVED = 64, 100  # of a text on a terminal and in the file of results
+WIDTH = 64  # of a text
 
 
 def main() -> None:
@@ -146,8 +146,12 @@ def make_rows(situations: list[Situation], runs: dict[str, Cells]) -> list[Row]:
 
 def saved(cell: Cell) -> str:
     """Returns a cell as text."""
-    text = f"{cell['verdict']}: {cell['text']}".removesuffix(": ")
-    return text if len(text) <= SAVED else f"{text[: SAVED - 3]}..."
+    return f"{cell['verdict']}: {short(cell['text'])}".removesuffix(": ")
+
+
+def short(text: str) -> str:
+    """Returns the text, or its beginning."""
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
 
 
 def run_cells(situations: list[Situation]) -> Cells:
@@ -293,12 +297,11 @@ def print_details(situations: list[Situation], runs: dict[str, Cells]) -> None:
     for situation, cells in _grid(situations, runs):
         names: dict[str, list[str]] = {}
         for name, each in cells.items():
-            texts = [cell["text"] or "right" for cell in each]
-            short = [t if len(t) <= WIDTH else t[: WIDTH - 3] + "..." for t in texts]
-            if len(set(short)) == 1:
-                names.setdefault(short[0], []).append(name)
+            texts = [short(cell["text"] or "right") for cell in each]
+            if len(set(texts)) == 1:
+                names.setdefault(texts[0], []).append(name)
             else:
-                pairs = zip(runs, short, strict=True)
+                pairs = zip(runs, texts, strict=True)
                 text = "; ".join(f"{version}: {t}" for version, t in pairs)
                 names.setdefault(text, []).append(name)
         names.pop("right", None)

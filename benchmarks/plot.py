@@ -10,6 +10,7 @@ For each benchmark it draws the newest complete file. Needs matplotlib.
 
 import argparse
 import pathlib
+import textwrap
 from collections import Counter
 from typing import Any
 
@@ -35,6 +36,7 @@ def machine_line(data: dict[str, Any]) -> str:
         f"{data['command']} · {machine['processor']}, {machine['cores']} cores · "
         f"Python {versions['python']}, jax {versions['jax']} · {data['date'][:10]}"
     )
+    line = textwrap.fill(line, 180, break_on_hyphens=False)
     return f"{line}\n{machine_line(data['with'])}" if "with" in data else line
 
 

@@ -438,7 +438,7 @@ def parse_args() -> Any:
     add("--steps", type=int, default=1000, help="of a training (default: 1000)")
     add("--rounds", type=int, default=6, help="seeds of a training (default: 6)")
     add("--sweep-sizes", default="small", help="of --sizes (default: small)")
-    add("--sweep-steps", type=int, default=500, help="of a run there (default: 500)")
+    add("--sweep-steps", type=int, default=300, help="of a run there (default: 300)")
     add("--sweep-rounds", type=int, default=6, help="default: 6; 0 is no sweep")
     add("--quick", action="store_true", help="a smoke run: judges no time or accuracy")
     args = parser.parse_args()

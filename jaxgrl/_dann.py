@@ -1,17 +1,12 @@
 """The network that ``jaxgrl.nnx.DANN`` and ``jaxgrl.linen.DANN`` have in common."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ._checks import check_floating
 from ._dtypes import at_least_float32
-from ._gradient_reversal import ScaleLike
-
-_MODULES = ("feature_extractor", "label_classifier", "domain_discriminator")
 
 
 class DANNOutput(NamedTuple):
@@ -21,77 +16,63 @@ class DANNOutput(NamedTuple):
     domain_logits: Any
 
 
-def apply_dann(
-    model: Any, x: Any, scale: ScaleLike | None, kwargs: dict[str, Any]
-) -> DANNOutput:
-    """Returns both logits, each keyword given to every module whose call names it."""
-    to_features, to_labels, to_domains = _routed(model, kwargs)
-    features = model.feature_extractor(x, **to_features)
-    label_logits = model.label_classifier(features, **to_labels)
-    seen = features
+def apply_dann(model: Any, x: Any, scale: Any, kwargs: dict[str, Any]) -> DANNOutput:
+    """Returns both logits; each keyword goes to every module whose call names it."""
+    modules = ("feature_extractor", "label_classifier", "domain_discriminator")
+    named = {module: _named(getattr(model, module)) for module in modules}
+    for key in kwargs:
+        if not any(key in keys for keys in named.values()):
+            calls = ", ".join(f"{m}({', '.join(keys)})" for m, keys in named.items())
+            raise TypeError(
+                f"`{key}` must be a keyword that the call of a module names, got "
+                f"{calls}. Write a module whose `__call__` names it: the `**kwargs` of "
+                "a Sequential name nothing. In NNX use `model.train()` and "
+                "`model.eval()` for Dropout and BatchNorm."
+            )
+
+    def call(module: str, inputs: Any) -> Any:
+        own = {key: kwargs[key] for key in named[module] if key in kwargs}
+        return getattr(model, module)(inputs, **own)
+
+    seen = features = call("feature_extractor", x)
+    label_logits = call("label_classifier", features)
     if model.condition is not None:
         predictions = _predictions(features, label_logits, model.activation)
         seen = model.condition(features, predictions)
     seen = model.gradient_reversal(seen, scale)
-    return DANNOutput(label_logits, model.domain_discriminator(seen, **to_domains))
+    return DANNOutput(label_logits, call("domain_discriminator", seen))
 
 
-def _routed(model: Any, kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    accepted = [_keywords(getattr(model, module)) for module in _MODULES]
-    for name in kwargs:
-        if not any(name in names for names in accepted):
-            calls = [
-                f"{module}({', '.join(names)})"
-                for module, names in zip(_MODULES, accepted, strict=True)
-            ]
-            raise TypeError(
-                f"`{name}` must be a keyword that the call of a module names, got "
-                f"{', '.join(calls)}. Write a module whose `__call__` names it: the "
-                "`**kwargs` of a Sequential name nothing. In NNX use `model.train()` "
-                "and `model.eval()` for Dropout and BatchNorm."
-            )
-    return [{k: v for k, v in kwargs.items() if k in names} for names in accepted]
-
-
-def _keywords(module: Callable[..., Any]) -> list[str]:
-    """Returns the names that the call of a module has beside that of its input."""
+def _named(module: Any) -> list[str]:
+    """Returns the keywords that the call of a module names, its input left out."""
     try:
-        parameters = list(inspect.signature(module).parameters.values())
+        parameters = inspect.signature(module).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
         return []
-    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if parameters and parameters[0].kind is either:
-        del parameters[0]
-    kinds = (either, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in kinds]
+    return [
+        p.name
+        for i, p in enumerate(parameters)
+        if p.kind is p.KEYWORD_ONLY or (i and p.kind is p.POSITIONAL_OR_KEYWORD)
+    ]
 
 
-def _predictions(
-    features: Any, label_logits: Any, activation: Callable[[Any], Any]
-) -> Any:
+def _predictions(features: Any, label_logits: Any, activation: Any) -> Any:
     """Returns what ``condition`` is given beside the features; no gradient passes."""
-    least = 2 if activation is jax.nn.softmax else 1
-    if least == 2 or activation is jax.nn.sigmoid:
-        shape = getattr(label_logits, "shape", None)
+    if activation in (jax.nn.softmax, jax.nn.sigmoid):
+        least = 2 if activation is jax.nn.softmax else 1
+        shape: Any = getattr(label_logits, "shape", ())
         # [batch] has no axis of classes. A row under vmap is [C] beside features [F].
         least_ndim = 1 if getattr(features, "ndim", 2) == 1 else 2
-        if shape is None or len(shape) < least_ndim or shape[-1] < least:
+        if len(shape) < least_ndim or shape[-1] < least:
             raise ValueError(
                 f"`label_logits` must be [batch, ..., C] with C {least} or more where "
-                "`condition` is given, got "
-                f"{type(label_logits).__name__ if shape is None else shape}. Use "
+                "`condition` is given, got shape "
+                f"{jax.tree.map(jnp.shape, label_logits)}. Use "
                 "`activation=jax.nn.sigmoid` for a binary head [batch, 1] and for "
                 "independent labels, `activation=lambda y: y` for a regression, and "
                 "`activation=lambda y: jax.nn.softmax(y['label'])` for a dict."
             )
-        check_floating("label_logits", label_logits)
-        if least == 1 == shape[-1]:
-            # The two classes of a binary head.
+        if least == 1 == shape[-1]:  # the two classes of a binary head
             label_logits = jnp.concatenate([-label_logits, label_logits], axis=-1)
-    wide = jax.tree.map(_widened, label_logits)
+    wide = jax.tree.map(lambda y: y.astype(at_least_float32(y.dtype)), label_logits)
     return jax.lax.stop_gradient(activation(wide))
-
-
-def _widened(y: Any) -> Any:
-    floating = jnp.issubdtype(y.dtype, jnp.floating)
-    return y.astype(at_least_float32(y.dtype)) if floating else y

@@ -1,123 +1,106 @@
-"""Reversal layers in a traced program, each with a switch for its derivative rule.
+"""Puts a switch on each reversal layer in the program of a loss.
 
-A layer is an identity with its own derivative rule. The switch decides in the backward
-pass whether the rule is used (given) or replaced by a plain copy (open) or by a
-stop_gradient (shut). One vmap runs all settings at once. Its axis has a name, so that a
-switch inside a scan or a jit can read its setting.
+A layer is an identity with its own derivative rule. Its switch is read in the backward
+pass, from the index of a named axis: a vmap over that axis differentiates the program
+for all three settings at once, and reaches layers inside a scan or a jit too.
 """
 
 import copy
-import os
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-# All layers given, open or shut. Then for each switch: it alone shut, it alone given,
-# while the others are open.
-GIVEN, OPEN, SHUT, ALONE = range(4)
-AXIS = "jaxgrl_switch_setting"
-_LIBRARIES = os.path.dirname(os.path.dirname(jax.__file__)), os.path.dirname(__file__)
-
-_Replace = Callable[[JaxprEqn, list[int | None]], list[JaxprEqn]]
+AXIS = "jaxgrl_switch"
+# The layers as they are, as plain copies, and as stop_gradients.
+GIVEN, OPEN, SHUT = range(3)
 
 
-def layer_lines(program: Any) -> list[str]:
-    """Returns the line of code that calls each layer, in the order of the program."""
-    lines = []
-
-    def note(eqn: JaxprEqn, _: list[int | None]) -> list[JaxprEqn]:
-        frames = getattr(eqn.source_info.traceback, "frames", ())
-        names = (f"{f.file_name}:{f.line_num}" for f in frames)
-        lines.append(next((n for n in names if not n.startswith(_LIBRARIES)), ""))
-        return [eqn]
-
-    _replace_layers(program, note)
-    return lines
+@jax.custom_vjp
+def _fork(x: Any) -> tuple[Any, Any]:
+    return x, x
 
 
-def with_switches(program: Any, numbers: list[int | None]) -> Any:
-    """Returns the program with a switch behind each layer that has a number."""
-    each = iter(numbers)
+def _choose(_: None, cts: tuple[Any, Any]) -> tuple[Any]:
+    """Returns what comes back through the rule, around it, or nothing.
 
-    def switched(eqn: JaxprEqn, wires: list[int | None]) -> list[JaxprEqn]:
-        number = next(each)
-        return [eqn] if number is None else list(_switched(eqn, wires, number))
-
-    return _replace_layers(program, switched)
-
-
-def _switched(
-    eqn: JaxprEqn, wires: list[int | None], number: int
-) -> Iterator[JaxprEqn]:
-    pairs = list(zip(eqn.outvars, wires, strict=True))
-    copies: list[Any] = [out if w is None else Var(out.aval) for out, w in pairs]
-    yield eqn.replace(outvars=copies)
-    for (out, wire), y in zip(pairs, copies, strict=True):
-        if wire is not None:
-            (switch,) = jax.make_jaxpr(_switch(number))(y.aval, y.aval).jaxpr.eqns
-            ends = {"invars": [eqn.invars[wire], y], "outvars": [out]}
-            # The context holds the mesh if the layer is inside a shard_map.
-            yield switch.replace(**ends, ctx=eqn.ctx)
+    An identity that does not change the sign, such as one that clips gradients, is no
+    layer and keeps its rule.
+    """
+    ruled, plain = cts
+    agreement = (jnp.sign(ruled) * jnp.sign(plain).conj()).real
+    is_layer = jnp.sum(agreement, dtype=jnp.float32) < 0
+    setting = jax.lax.axis_index(AXIS)
+    around = jnp.where(setting == OPEN, plain, 0)
+    return (jnp.where(is_layer & (setting != GIVEN), around, ruled),)
 
 
-def _switch(number: int) -> Callable[[Any, Any], Any]:
-    """Returns ``(x, y) -> y``, whose gradient goes to y, to x or to neither."""
-
-    @jax.custom_vjp
-    def switch(x: Any, y: Any) -> Any:
-        del x
-        return y
-
-    def backward(_: None, ct: Any) -> Any:
-        setting, alone = jax.lax.axis_index(AXIS), ALONE + 2 * number
-        given = (setting == GIVEN) | (setting == alone + 1)
-        shut = (setting == SHUT) | (setting == alone)
-        return jnp.where(given | shut, 0, ct), jnp.where(given, ct, 0)
-
-    switch.defvjp(lambda x, y: (y, None), backward)
-    return switch
+@jax.custom_vjp
+def _join(ruled: Any, plain: Any) -> Any:
+    del plain
+    return ruled
 
 
-def _replace_layers(program: Any, replace: _Replace) -> Any:
-    """Returns the program with ``replace(eqn, wires)`` in place of each layer.
+_fork.defvjp(lambda x: ((x, x), None), _choose)
+_join.defvjp(lambda ruled, plain: (ruled, None), lambda _, ct: (ct, ct))
+
+
+def with_switches(program: Any) -> tuple[Any, int]:
+    """Returns the program with a switch on each layer, and their number.
 
     A part without a layer stays the same object: JAX's caches go by that.
     """
     if not isinstance(program, Jaxpr):
-        inner = _replace_layers(program.jaxpr, replace)
-        return program if inner is program.jaxpr else program.replace(jaxpr=inner)
-    eqns = []
+        inner, count = with_switches(program.jaxpr)
+        return (program.replace(jaxpr=inner) if count else program), count
+    eqns, total = [], 0
     for eqn in program.eqns:
         if wires := _wires(eqn):
-            eqns += replace(eqn, wires)
-        elif _rule_body(eqn) is None and (params := _in_params(eqn.params, replace)):
-            eqns.append(eqn.replace(params=params))
+            new, count = _switched(eqn, wires), 1
+        elif _rule_body(eqn) is None:
+            params, count = _in_params(eqn.params)
+            new = [eqn.replace(params=params) if count else eqn]
         else:
-            eqns.append(eqn)
-    same = len(eqns) == len(program.eqns) and all(map(_is, eqns, program.eqns))
-    return program if same else program.replace(eqns=eqns)
+            new, count = [eqn], 0
+        eqns, total = eqns + new, total + count
+    return (program.replace(eqns=eqns) if total else program), total
 
 
-def _in_params(params: dict[str, Any], replace: _Replace) -> dict[str, Any] | None:
-    """Returns the parameters with the layers in them replaced; None if none is."""
-    changed = {}
+def _switched(eqn: JaxprEqn, wires: dict[int, int]) -> list[JaxprEqn]:
+    before, after, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
+    for output, wire in wires.items():
+        out: Any = eqn.outvars[output]
+        into, around, outvars[output] = Var(out.aval), Var(out.aval), Var(out.aval)
+        before += _traced(_fork, eqn, [invars[wire]], [into, around])
+        after += _traced(_join, eqn, [outvars[output], around], [out])
+        invars[wire] = into
+    return [*before, eqn.replace(invars=invars, outvars=outvars), *after]
+
+
+def _traced(
+    function: Any, place: JaxprEqn, invars: list[Any], outvars: list[Any]
+) -> list[JaxprEqn]:
+    (eqn,) = jax.make_jaxpr(function)(*(var.aval for var in invars)).jaxpr.eqns
+    # The context holds the mesh if the place is inside a shard_map.
+    return [eqn.replace(invars=invars, outvars=outvars, ctx=place.ctx)]
+
+
+def _in_params(params: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """Returns the parameters of an equation with switches, and their number."""
+    params, total = dict(params), 0
     for name, value in params.items():
         leaves, structure = jax.tree.flatten(value, is_leaf=_is_jaxpr)
-        new = [_replace_layers(v, replace) if _is_jaxpr(v) else v for v in leaves]
-        if not all(map(_is, new, leaves)):
-            changed[name] = jax.tree.unflatten(structure, new)
-    # Under JAX_REMAT3, an object holds the parameters.
-    if (rule := params.get("_prim")) and (new := _in_params(rule.params, replace)):
-        changed["_prim"] = copy.copy(rule)
-        vars(changed["_prim"]).update(new, params=new)
-    return {**params, **changed} if changed else None
-
-
-def _is(a: Any, b: Any) -> bool:
-    return a is b
+        pairs = [with_switches(v) if _is_jaxpr(v) else (v, 0) for v in leaves]
+        if count := sum(count for _, count in pairs):
+            params[name] = jax.tree.unflatten(structure, [v for v, _ in pairs])
+        # Under JAX_REMAT3, an object holds the parameters.
+        elif name == "_prim":
+            inner, count = _in_params(value.params)
+            params[name] = copy.copy(value)
+            vars(params[name]).update(inner, params=inner)
+        total += count
+    return params, total
 
 
 def _is_jaxpr(value: Any) -> bool:
@@ -136,13 +119,13 @@ def _opened(value: Any) -> Any:
     return value if isinstance(value, Jaxpr) else _opened(value.jaxpr)
 
 
-def _wires(eqn: JaxprEqn) -> list[int | None]:
-    """Returns which input each output of a layer copies; [] for any other equation."""
+def _wires(eqn: JaxprEqn) -> dict[int, int]:
+    """Returns which input each output of a layer copies; {} for any other equation."""
     kinds = [getattr(out.aval, "dtype", bool) for out in eqn.outvars]
-    floating = [jnp.issubdtype(kind, jnp.inexact) for kind in kinds]
-    sources = [_source(eqn, i) if f else None for i, f in enumerate(floating)]
-    ruled = sum(source is not None and source[1] == 1 for source in sources)
-    return [s and s[0] for s in sources] if 0 < ruled == sum(floating) else []
+    floating = [i for i, kind in enumerate(kinds) if jnp.issubdtype(kind, jnp.inexact)]
+    sources = {i: _source(eqn, i) for i in floating}
+    wires = {i: source[0] for i, source in sources.items() if source and source[1] == 1}
+    return wires if len(wires) == len(floating) else {}
 
 
 def _source(eqn: JaxprEqn, output: int) -> tuple[int, int] | None:

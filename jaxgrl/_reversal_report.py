@@ -13,33 +13,29 @@ from jax.extend.core import jaxpr_as_fun
 
 from ._checks import check_floating
 from ._dtypes import at_least_float32
-from ._program import ALONE, AXIS, GIVEN, OPEN, SHUT, layer_lines, with_switches
+from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
 
 _PROBLEMS = {
-    "not_finite": "A loss or a gradient is not finite: nothing more can be checked. Are "
-    "the inputs finite? Is a domain out of range for the logits?",
-    "missing": "The domain gradient is not reversed. Does the input of the discriminator "
-    "pass through gradient_reversal?",
-    "silent": "No gradient comes back through the layer. Are the features detached, or "
-    "is the output of the discriminator constant? Return the losses and logits to see.",
+    "not_finite": "A loss or a gradient is not finite, so nothing more can be checked. "
+    "Are the inputs finite? Is a domain out of range for the logits?",
+    "missing": "No gradient is reversed. Does the input of the discriminator pass "
+    "through gradient_reversal? Is the scale positive?",
     "detached": "The domain gradient reaches no parameter that the label loss trains. "
     "Are the features detached (stop_gradient)?",
-    "no_domain_gradient": "The domain loss has no gradient, here and nearby. Is the output "
-    "of the discriminator a softmax of one logit?",
+    "no_domain_gradient": "The domain loss has no gradient. Is the output of the "
+    "discriminator a softmax of one logit?",
     "scale_unused": "The strength of the reversal is {strength:.3g} at every `scale`. "
     "Pass `scale` to the layer.",
     "scale_in_loss": "`scale` weights the loss: the discriminator does not learn while "
-    "it is small. Pass it to the layer alone.",
-    "twice": "The gradient passes two layers or more: {names}. Keep one. jaxgrl's DANN "
-    "contains one.",
-    "wrong_sign": "The gradient is not reversed: its strength is {strength:.3g} x "
-    "`scale`. Is the scale negative?",
+    "it is small. Pass `scale` to the layer alone.",
+    "twice": "The gradient passes two layers, which cancel: {names}. Keep one of them. "
+    "jaxgrl's DANN contains one.",
     "label_reversed": "The label gradient is reversed too: {names}. Put the layer in "
     "front of the discriminator alone.",
-    "behind": "The layer reverses the discriminator too: {names}. Put it in front of the "
-    "discriminator, not behind it.",
-    "untrained": "The domain loss trains no discriminator. Are its parameters detached, "
-    "or not in `params`?",
+    "behind": "The discriminator is reversed too: {names}. Put the layer in front of "
+    "the discriminator, not behind it.",
+    "untrained": "The domain loss trains no discriminator. Are its parameters "
+    "detached, or not in `params`?",
     "bypassed": "Part of what the discriminator sees does not pass through the layer: "
     "{names} receive a plain domain gradient too. Pass all of it through the layer.",
     "probabilities": "The domain logits stay between 0 and 1. Are they probabilities? "
@@ -47,24 +43,25 @@ _PROBLEMS = {
 }
 _NOTES = {
     "unreadable": "No layer was found, but the gradient changes with `scale`. Is the "
-    "reversal written with stop_gradient? Use gradient_reversal, which can be read.",
+    "reversal written with stop_gradient? Use gradient_reversal to have it checked.",
     "strength": "The strength of the reversal is {strength:.3g} x `scale`. Does "
     "something multiply the scale, such as a schedule that ends too low?",
-    "only_reversed": "Reversed, and not trained by the label loss: {names}. Is the layer "
-    "behind the discriminator or inside it? It may be right for one domain's parameters.",
+    "only_reversed": "Reversed, but not trained by the label loss: {names}. Is the "
+    "layer inside the discriminator? Parameters of one domain alone may be right.",
     "negative_loss": "The loss is negative, which a cross entropy cannot be. Is the "
     "domain loss subtracted? Add it: the layer does the subtraction.",
-    "constant_output": "The output of the discriminator is the same for all examples. It "
-    "may start at 0, or the features may be equal. Otherwise it has died.",
+    "constant_output": "The output of the discriminator is the same for all examples. "
+    "It may start at 0, or the features may be equal. Otherwise it has died.",
 }
 
 # The weights of the label loss, the domain loss and the domain logits.
 _LABEL, _DOMAIN, _LOGITS = np.eye(3).tolist()
 # How far parameters are moved to see whether a gradient is 0 by chance.
 _NEARBY = 0.1
-# Of the rows of each leaf: with the layers open, with the layers shut, what passes
-# through, what arrives of it, the domain gradient, the difference from it, the leaf.
-_OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE, _VALUE, _EACH = range(8)
+# Of the gradient of a leaf: with the layers open, with the layers shut, what passes
+# through, what arrives of it. Then the gradient of the domain loss, and the change
+# from it.
+_OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE = range(6)
 
 
 class Finding(NamedTuple):
@@ -158,8 +155,8 @@ def reversal_report(
         arrived  = gradient(given) - gradient(shut)
         strength = -<arrived, through> / |through|**2
 
-    An identity that does not reverse, such as one that clips gradients, is left as it
-    is. Nothing of ``params`` is changed.
+    An identity whose rule does not change the sign, such as one that clips gradients,
+    is no layer. Nothing of ``params`` is changed.
 
     Args:
       loss: A function of ``(params, scale, *args)``, with a batch of every domain, that
@@ -196,35 +193,11 @@ def reversal_report(
       >>> report.problems
       ()
     """
-    program = _Loss(loss, params, args)
-    program.keep_reversals()
-    domain = program.run(_DOMAIN)
-    label = domain if program.sum_only else program.run(_LABEL)
-    busy = domain.norm(_OPEN) + label.norm(_OPEN) > 0
-    through = program.anywhere(_DOMAIN, _THROUGH, busy)
-    found = list(_verdicts(program, domain, label, through, busy))
-    # Of a sum, what does not pass through the layers counts as the label gradient.
-    rows = (_SHUT, _THROUGH, _THROUGH) if program.sum_only else (_OPEN, _OPEN, _OTHER)
-    squares = label.dot(rows[0], rows[0]), domain.dot(rows[1], rows[1])
-    dots = label.dot(rows[0], rows[2])
-    plain = "not reversed" if program.sum_only else "plain"
-    kinds = np.where(program.anywhere(_DOMAIN, _SHUT, busy), plain, "none")
-    kinds = np.where(through, "reversed", kinds)
-    judged = not program.sum_only and domain.logits.size
-
-    def row(path: str, kind: str, chosen: Any) -> LeafReport:
-        a, b = (math.sqrt(square[chosen].sum()) for square in squares)
-        cosine = dots[chosen].sum() / (a * b) if a * b else math.nan
-        return LeafReport(path, kind, a, b, float(cosine))
-
-    return ReversalReport(
-        tuple(row(p, str(kinds[i]), [i]) for i, p in enumerate(program.paths)),
-        row(f"together: {through.sum()} of {len(through)}", "reversed", through),
-        -program.factor(_DOMAIN, 1.0),
-        float(domain.rows().std(axis=0).max()) if judged else math.nan,
-        tuple(f for f in found if f.kind in _PROBLEMS),
-        tuple(f for f in found if f.kind in _NOTES),
-    )
+    try:
+        return _report(_Loss(loss, params, args, traced=True))
+    except (jax.errors.ConcretizationTypeError, jax.errors.UnexpectedTracerError):
+        # The loss has an `if` on the scale, or a rule that closes over it.
+        return _report(_Loss(loss, params, args, traced=False))
 
 
 class _Result(NamedTuple):
@@ -242,6 +215,7 @@ class _Result(NamedTuple):
         return np.sqrt(self.dot(row, row))
 
     def rows(self) -> np.ndarray:
+        """Returns the logits as ``[batch, logits]``."""
         return self.logits.reshape(len(self.logits) if self.logits.ndim else 1, -1)
 
     def varies(self) -> bool:
@@ -250,12 +224,11 @@ class _Result(NamedTuple):
 
 
 class _Loss:
-    """The loss, traced once, and its gradients with all settings of the switches."""
+    """The loss as a program, and its gradients with the layers given, open and shut."""
 
-    def __init__(self, loss: Callable[..., Any], params: Any, args: tuple[Any, ...]):
+    def __init__(self, loss: Callable[..., Any], params: Any, args: Any, traced: bool):
         flat, structure = jax.tree.flatten_with_path((params, args))
-        leaves = [leaf for _, leaf in flat]
-        count = len(jax.tree.leaves(params))
+        leaves, count = [leaf for _, leaf in flat], len(jax.tree.leaves(params))
         kinds = jax.Array | np.ndarray | np.generic
         arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
         inexact = [i for i in arrays if jnp.issubdtype(leaves[i].dtype, jnp.inexact)]
@@ -266,27 +239,26 @@ class _Loss:
                 f"{count} leaves of other kinds."
             )
         order = moving + [i for i in arrays if i not in moving]
-        names = (
-            jax.tree_util.keystr(flat[i][0][1:], simple=True, separator=".")
-            for i in moving
-        )
+        keys = (flat[i][0][1:] for i in moving)
+        names = [jax.tree_util.keystr(k, simple=True, separator=".") for k in keys]
         # Of an nnx.Variable, the path ends in the value that it holds.
         self.paths = [name.removesuffix(".value") for name in names]
         self.arrays = [leaves[i] for i in order]
-        self.sum_only = False
+        self.results, self.other, self.sum_only = {}, None, False
 
         def terms(arrays: Any, scale: Any) -> Any:
-            filled = list(leaves)
-            for i, value in zip(order, arrays, strict=True):
-                filled[i] = value
-            params, args = jax.tree.unflatten(structure, filled)
+            filled = dict(enumerate(leaves)) | dict(zip(order, arrays, strict=True))
+            params, args = jax.tree.unflatten(structure, filled.values())
             return self._terms(loss(params, scale, *args))
 
-        self.program = jax.make_jaxpr(terms)(self.arrays, 1.0)
-        lines = layer_lines(self.program)
-        # Each switch costs two backward passes: one for a line, and no more than four.
-        rank = list(dict.fromkeys(lines))
-        self.switch([min(rank.index(line), 3) for line in lines])
+        def program(scale: float) -> Any:
+            fixed = terms if traced else lambda arrays, _: terms(arrays, scale)
+            switched = with_switches(jax.make_jaxpr(fixed)(self.arrays, 1.0))
+            self.layers = switched[1]
+            return self._gradients(jaxpr_as_fun(switched[0]))
+
+        self.programs = {1.0: program(1.0)}
+        self.programs[0.5] = self.programs[1.0] if traced else program(0.5)
 
     def _terms(self, returned: Any) -> tuple[Any, Any, Any]:
         """Returns label loss, domain loss and logits; a sum counts as the second."""
@@ -298,25 +270,20 @@ class _Loss:
                 "`loss` must return a scalar or (label_loss, domain_loss, "
                 f"domain_logits), each an array, got {returned!r}."
             )
-        label, domain, logits = map(jnp.asarray, terms)
-        losses = {
-            "label_loss": label,
-            "loss" if self.sum_only else "domain_loss": domain,
-        }
-        for name, value in {**losses, "domain_logits": logits}.items():
-            check_floating(name, value)
-            if name in losses and value.shape:
-                raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
-        return label, domain, logits
-
-    def switch(self, numbers: list[int | None]) -> None:
-        """Puts each layer on the switch of its number; None leaves it as it is."""
-        self.numbers, self.results, self.other = numbers, {}, None
-        self.switches = len(set(numbers) - {None})
-        loss, count = (
-            jaxpr_as_fun(with_switches(self.program, numbers)),
-            len(self.paths),
+        names = (
+            "label_loss",
+            "loss" if self.sum_only else "domain_loss",
+            "domain_logits",
         )
+        arrays = tuple(map(jnp.asarray, terms))
+        for name, value in zip(names, arrays, strict=True):
+            check_floating(name, value)
+            if name != "domain_logits" and value.shape:
+                raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
+        return arrays
+
+    def _gradients(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        count = len(self.paths)
 
         def gradients(arrays: Any, scale: Any, weights: Any, nudge: Any) -> Any:
             def total(point: Any) -> Any:
@@ -328,9 +295,8 @@ class _Loss:
 
             return jax.grad(total, has_aux=True)(arrays[:count])
 
-        size = ALONE + 2 * self.switches * (self.switches > 1)
-        axes = {"in_axes": None, "axis_size": size, "axis_name": AXIS}
-        self.gradients = jax.jit(jax.vmap(gradients, **axes))
+        settings = {"in_axes": None, "axis_size": 3, "axis_name": AXIS}
+        return jax.jit(jax.vmap(gradients, **settings))
 
     def run(
         self, weights: list[float], scale: float = 1.0, nudge: float = 0.0
@@ -340,72 +306,31 @@ class _Loss:
         if key not in self.results:
             # The loss may not be defined nearby.
             with jax.debug_nans(False), jax.debug_infs(False):
-                pair = self.gradients(self.arrays, scale, weights, nudge)
+                pair = self.programs[scale](self.arrays, scale, weights, nudge)
             grads, terms = jax.tree.map(_on_host, pair)
             self.other = self.other or [g[OPEN] for g in grads]
-            values = map(_on_host, self.arrays)
-            products = list(map(_products, grads, self.other, values))
-            self.results[key] = _Result(*(t[0] for t in terms), np.stack(products))
+            products = np.stack(list(map(_products, grads, self.other)))
+            self.results[key] = _Result(*(t[0] for t in terms), products)
         return self.results[key]
 
     def anywhere(self, weights: list[float], row: int, sure: np.ndarray) -> np.ndarray:
         """Returns for which leaves the row is not 0, here or nearby.
 
-        It may be 0 here by chance, such as behind a layer that starts at 0. What is
-        sure needs no second look.
+        It may be 0 here by chance, such as behind a layer that starts at 0. A leaf that
+        is sure needs no second look.
         """
         here = self.run(weights).norm(row) > 0
         if here.any() and (here | sure).all():
             return here
         return here | (self.run(weights, nudge=_NEARBY).norm(row) > 0)
 
-    def factor(
-        self, weights: list[float], scale: float, number: int | None = None
-    ) -> float:
-        """Returns what the layers multiply the gradient by; nan if none comes."""
-        alone = number is not None and self.switches > 1
-        row = _EACH + 2 * number if alone else _THROUGH
+    def strength(self, scale: float) -> float:
+        """Returns the strength of the reversal; nan if nothing comes back."""
         for nudge in (0.0, _NEARBY):
-            result = self.run(weights, scale, nudge)
-            if square := result.dot(row, row).sum():
-                return float(result.dot(row, row + 1).sum() / square)
+            result = self.run(_DOMAIN, scale, nudge)
+            if square := result.dot(_THROUGH, _THROUGH).sum():
+                return float(-result.dot(_ARRIVED, _THROUGH).sum() / square)
         return math.nan
-
-    def keep_reversals(self) -> None:
-        """Leaves the layers that reverse nothing as they are."""
-        kept = [i for i in range(self.switches) if self._reverses(i)]
-        if len(kept) < self.switches:
-            self.switch([kept.index(i) if i in kept else None for i in self.numbers])
-
-    def _reverses(self, number: int) -> bool:
-        """Whether a layer changes the sign, or depends on the scale, or is not used."""
-        factors = []
-        for weights in (_DOMAIN, _LABEL):
-            factor = self.factor(weights, 1.0, number)
-            if factor < 0:
-                return True
-            half = self.factor(weights, 0.5, number)
-            if factor > 0 and not math.isclose(factor, half, rel_tol=1e-3):
-                return True
-            factors.append(factor)
-        return all(map(math.isnan, factors))
-
-    def penalty(self, weights: list[float], row: int) -> np.ndarray:
-        """Returns for which leaves the row is a multiple of the leaf itself."""
-        result, sizes = self.run(weights), [a.size for a in self.arrays]
-        least = (1 - 1e-5) * result.norm(row) * result.norm(_VALUE)
-        is_multiple = np.abs(result.dot(row, _VALUE)) > least
-        return is_multiple & (np.array(sizes[: len(self.paths)]) > 1)
-
-    def in_series(self) -> np.ndarray:
-        """Returns for which leaves the gradient passes one switch after another."""
-        found = np.zeros(len(self.paths), bool)
-        for nudge in (0.0, _NEARBY) if self.switches > 1 else ():
-            result = self.run(_DOMAIN, nudge=nudge)
-            rows = range(_EACH, _EACH + 2 * self.switches, 2)
-            passed = sum(result.dot(row, _THROUGH) for row in rows)
-            found |= passed > 1.01 * result.dot(_THROUGH, _THROUGH)
-        return found
 
 
 def _nudged(value: Any, nudge: Any) -> Any:
@@ -415,42 +340,66 @@ def _nudged(value: Any, nudge: Any) -> Any:
         jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1) if shape else 0.0
     )
     step = jnp.asarray(nudge * (1 + ramp) / (shape or (1,))[-1], value.dtype)
-    return jnp.where(value == 0, step / value.size**0.5, value * (1 + step))
+    return value * (1 + step) + jnp.where(value == 0, step / value.size**0.5, 0)
 
 
 def _on_host(array: Any) -> np.ndarray:
-    if (
-        not getattr(array, "is_fully_replicated", True)
-        and not array.is_fully_addressable
-    ):
+    if not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     array = np.asarray(array)
     return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
 
 @np.errstate(invalid="ignore", over="ignore")
-def _products(g: np.ndarray, other: np.ndarray, value: np.ndarray) -> np.ndarray:
+def _products(g: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Returns the inner products of the rows of one leaf."""
     through, arrived = g[OPEN] - g[SHUT], g[GIVEN] - g[SHUT]
-    rows = [g[OPEN], g[SHUT], through, arrived, other, g[OPEN] - other, value.conj()]
-    for shut, given in zip(g[ALONE::2], g[ALONE + 1 :: 2], strict=True):
-        rows += [g[OPEN] - shut, given - shut]
-    flat = np.stack(rows).reshape(len(rows), -1)
+    rows = np.stack([g[OPEN], g[SHUT], through, arrived, other, g[OPEN] - other])
+    flat = rows.reshape(len(rows), -1)
     # Over the largest value, so that squares of small gradients do not vanish.
     top = np.abs(flat).max(axis=1, initial=0).astype(float)
     flat = flat / np.where(top, top, 1)[:, None].astype(flat.dtype)
     return (flat @ flat.conj().T).real * np.outer(top, top)
 
 
-def _verdicts(
-    loss: _Loss, domain: _Result, label: _Result, through: np.ndarray, busy: np.ndarray
+def _report(loss: _Loss) -> ReversalReport:
+    domain = loss.run(_DOMAIN)
+    label = domain if loss.sum_only else loss.run(_LABEL)
+    busy = domain.norm(_OPEN) + label.norm(_OPEN) > 0
+    through = loss.anywhere(_DOMAIN, _THROUGH, busy)
+    plain = loss.anywhere(_DOMAIN, _SHUT, busy)
+    found = list(_findings(loss, domain, label, through, plain))
+    kinds = np.where(plain, "not reversed" if loss.sum_only else "plain", "none")
+    kinds = np.where(through, "reversed", kinds)
+    # Of a sum, what does not pass through the layers counts as the label gradient.
+    rows = (_SHUT, _THROUGH, _THROUGH) if loss.sum_only else (_OPEN, _OPEN, _OTHER)
+    squares = label.dot(rows[0], rows[0]), domain.dot(rows[1], rows[1])
+    dots = label.dot(rows[0], rows[2])
+
+    def row(path: str, kind: str, chosen: Any) -> LeafReport:
+        a, b = (math.sqrt(square[chosen].sum()) for square in squares)
+        cosine = dots[chosen].sum() / (a * b) if a * b else math.nan
+        return LeafReport(path, kind, a, b, float(cosine))
+
+    judged = not loss.sum_only and domain.logits.size
+    return ReversalReport(
+        tuple(row(path, str(kinds[i]), [i]) for i, path in enumerate(loss.paths)),
+        row(f"together: {through.sum()} of {len(through)}", "reversed", through),
+        loss.strength(1.0),
+        float(domain.rows().std(axis=0).max()) if judged else math.nan,
+        tuple(finding for finding in found if finding.kind in _PROBLEMS),
+        tuple(finding for finding in found if finding.kind in _NOTES),
+    )
+
+
+def _findings(
+    loss: _Loss, domain: _Result, label: _Result, through: np.ndarray, plain: np.ndarray
 ) -> Iterator[Finding]:
-    strength, at_half = (-loss.factor(_DOMAIN, scale) for scale in (1.0, 0.5))
+    strength = loss.strength(1.0)
 
     def found(kind: str, chosen: np.ndarray = through) -> Finding:
         paths = [path for path, c in zip(loss.paths, chosen, strict=True) if c]
-        more = f" and {len(paths) - 3} more" * (len(paths) > 3)
-        names = ", ".join(paths[:3]) + more
+        names = ", ".join(paths[:3]) + f" and {len(paths) - 3} more" * (len(paths) > 3)
         text = (_PROBLEMS | _NOTES)[kind]
         return Finding(kind, text.format(names=names, strength=strength))
 
@@ -458,36 +407,46 @@ def _verdicts(
         yield found("not_finite")
         return
     half = loss.run(_DOMAIN, 0.5)
-    around = loss.anywhere(_DOMAIN, _SHUT, busy) & ~loss.penalty(_DOMAIN, _SHUT)
+    nearby = (
+        domain
+        if domain.dot(_THROUGH, _THROUGH).any()
+        else loss.run(_DOMAIN, nudge=_NEARBY)
+    )
+    twice = nearby.dot(_ARRIVED, _THROUGH) > 0
     if not np.allclose(domain[:2], half[:2], rtol=1e-5, atol=0):
         yield found("scale_in_loss")
     elif not through.any():
-        yield from map(found, _not_reversed(loss, half, around))
-    elif (several := loss.in_series()).any():
-        yield found("twice", several)
-    elif strength < 0 and math.isclose(at_half, strength / 4, rel_tol=1e-3):
-        yield found("twice")
-    elif math.isclose(at_half, strength, rel_tol=1e-3):
+        shared = plain & loss.anywhere(_LABEL, _OPEN, ~plain)
+        if not loss.layers and half.norm(_CHANGE).sum() > 1e-3 * half.norm(_OPEN).sum():
+            yield found("unreadable")
+        elif loss.sum_only or shared.any():
+            yield found("missing")
+        elif not nearby.norm(_OPEN).any():
+            yield found("no_domain_gradient")
+        elif nearby.varies():
+            yield found("detached")
+    elif twice.any():
+        yield found("twice", twice)
+    elif math.isclose(strength, loss.strength(0.5), rel_tol=1e-3):
         yield found("scale_unused")
-    elif strength < 0:
-        yield found("wrong_sign")
     elif abs(strength - 1) > 0.01:
         yield found("strength")
 
-    if (turned := label.dot(_ARRIVED, _THROUGH) < 0).any() and not loss.sum_only:
+    turned = label.dot(_ARRIVED, _THROUGH) < 0
+    if turned.any() and not loss.sum_only:
         yield found("label_reversed", turned)
     weights, row = (_DOMAIN, _SHUT) if loss.sum_only else (_LABEL, _OPEN)
-    trained = loss.anywhere(weights, row, ~through) & ~loss.penalty(weights, row)
-    alone, plain = through & ~trained, around & ~through
+    alone = through & ~loss.anywhere(weights, row, ~through)
+    trains = loss.sum_only or (plain & ~through).any()
     if alone.any():
-        is_note = plain.any() or loss.sum_only
-        yield found("only_reversed" if is_note else "behind", alone)
-    elif through.any() and not plain.any():
+        yield found("only_reversed" if trains else "behind", alone)
+    elif through.any() and not trains:
         yield found("untrained")
     # The logits tell a part that goes round the layer from a penalty in the loss.
-    if (around := around & through).any() and not loss.sum_only:
-        if (around := around & loss.anywhere(_LOGITS, _SHUT, ~around)).any():
-            yield found("bypassed", around)
+    both = through & plain
+    if both.any() and not loss.sum_only:
+        if (both := both & loss.anywhere(_LOGITS, _SHUT, ~both)).any():
+            yield found("bypassed", both)
 
     if domain.domain < 0:
         yield found("negative_loss")
@@ -501,18 +460,3 @@ def _verdicts(
         for logits in (loss.run(_DOMAIN, nudge=n).logits for n in (0.0, 1000.0))
     ):
         yield found("probabilities")
-
-
-def _not_reversed(loss: _Loss, half: _Result, around: np.ndarray) -> Iterator[str]:
-    """Yields the kind of the finding if nothing is reversed."""
-    nearby = loss.run(_DOMAIN, nudge=_NEARBY)
-    if half.norm(_CHANGE).sum() > 1e-3 * half.norm(_OPEN).sum() and not loss.switches:
-        yield "unreadable"
-    elif loss.sum_only:
-        yield "silent" if loss.switches else "missing"
-    elif not nearby.norm(_OPEN).any():
-        yield "no_domain_gradient"
-    elif (around & loss.anywhere(_LABEL, _OPEN, ~around)).any():
-        yield "missing"
-    elif nearby.varies():
-        yield "detached"

@@ -23,27 +23,24 @@ T = TypeVar("T")
 class GradientReversal(nn.Module):
     """``jaxgrl.gradient_reversal`` as a layer: no parameters, no rngs, no state.
 
-    The identity in training and evaluation alike; only gradients are reversed.
+    Training and evaluation are alike. There are two ways to give it the scale:
 
-    Two ways to give it the scale, the paper's lambda:
-
-    - ``layer(x, scale)``, at call time: for a schedule, or any array. It may be traced,
+    - ``layer(x, scale)``, at call time, for a schedule, or any array. It may be traced,
       and wins over the attribute.
-    - ``GradientReversal(scale=0.5)``, a Python number: for a constant. Linen hashes
+    - ``GradientReversal(scale=0.5)``, a Python number, for a constant. Linen hashes
       attributes: each new value traces anew, and an array fails under ``nn.jit``.
 
     Without a scale the layer reverses at full strength from step 0 on.
 
     Attributes:
       scale: The strength of the reversal, a number.
-      forward_mode: Whether ``jvp``, ``jacfwd`` and ``linearize`` are defined, as in
-        ``jaxgrl.gradient_reversal``. Keyword only.
+      forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as in
+        ``jaxgrl.gradient_reversal``.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from jaxgrl.linen import GradientReversal
-      >>> layer = GradientReversal(scale=0.5)
-      >>> x = jnp.ones(2)
+      >>> layer, x = GradientReversal(scale=0.5), jnp.ones(2)
       >>> print(layer.apply({}, x), jax.grad(lambda x: layer.apply({}, x).sum())(x))
       [1. 1.] [-0.5 -0.5]
     """
@@ -69,26 +66,20 @@ class DANN(nn.Module):
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish.
 
-    Both logits are returned in training and evaluation alike. Under ``jit`` a
-    discriminator whose logits you do not use costs nothing.
-
     Attributes:
       feature_extractor: Maps inputs to features.
       label_classifier: Maps features to label logits.
       domain_discriminator: Maps features to domain logits.
-      condition: As in ``jaxgrl.nnx.DANN``: None, or for CDAN
-        ``jaxgrl.multilinear_map`` or any callable of ``(features, predictions)``.
-      activation: As in ``jaxgrl.nnx.DANN``: what makes predictions of label logits.
+      condition: As in ``jaxgrl.nnx.DANN``: None, or ``jaxgrl.multilinear_map`` or
+        another callable of ``(features, predictions)``.
+      activation: As in ``jaxgrl.nnx.DANN``: makes predictions from label logits.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen as nn
       >>> from jaxgrl.linen import DANN
-      >>> model = DANN(
-      ...     feature_extractor=nn.Sequential([nn.Dense(32), nn.relu]),
-      ...     label_classifier=nn.Dense(3),
-      ...     domain_discriminator=nn.Dense(1),
-      ... )
+      >>> features = nn.Sequential([nn.Dense(32), nn.relu])
+      >>> model = DANN(features, nn.Dense(3), nn.Dense(1))
       >>> x = jnp.ones((4, 8))
       >>> params = model.init(jax.random.key(0), x)
       >>> label_logits, domain_logits = model.apply(params, x, 0.5)
@@ -116,15 +107,8 @@ class DANN(nn.Module):
 
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
-          scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``; it
-            may be traced. None takes that of the layer, 1. It goes to no module.
-          **kwargs: Each goes to every one of the three modules whose call names it:
-            ``train=True`` or ``mask=mask``, for example. A module's first argument and
-            its own ``**kwargs`` name nothing. Under ``nn.jit`` a bool such as ``train``
-            goes into ``static_argnames``.
-
-        Raises:
-          TypeError: If no module names a keyword.
-          ValueError: If with ``condition`` the label logits do not fit ``activation``.
+          scale: The strength of the reversal, as in ``jaxgrl.nnx.DANN``.
+          **kwargs: Each goes to every module whose call names it, as there:
+            ``train=True`` for example. Under ``nn.jit`` name it in ``static_argnames``.
         """
         return apply_dann(self, x, scale, kwargs)

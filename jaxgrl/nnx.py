@@ -22,37 +22,29 @@ T = TypeVar("T")
 class GradientReversal(nnx.Module):
     """``jaxgrl.gradient_reversal`` as a layer: no parameters, no rngs, no state.
 
-    The identity in training and evaluation alike; only gradients are reversed.
+    Training and evaluation are alike. There are three ways to give it the scale:
 
-    Three ways to give it the scale, the paper's lambda:
-
-    - ``layer(x, scale)``, at call time: for a schedule. It may be traced, and wins over
+    - ``layer(x, scale)``, at call time, for a schedule. It may be traced, and wins over
       the constructor's.
-    - ``GradientReversal(0.5)``, a Python number: for a constant. It is static, part of
-      the graph definition, so that each new value traces ``nnx.jit`` anew.
-    - ``GradientReversal(nnx.Variable(jnp.array(0.5)))``: for a value that changes and
-      belongs to the model. It is data: setting it does not retrace, and a checkpoint
-      holds it. It never receives a gradient.
+    - ``GradientReversal(0.5)``, a Python number, for a constant. It is static: each new
+      value traces ``nnx.jit`` anew.
+    - ``GradientReversal(nnx.Variable(jnp.array(0.5)))``, for a value that changes and
+      belongs to the model. Setting it does not retrace, and a checkpoint holds it.
 
     Without a scale the layer reverses at full strength from step 0 on.
 
     Args:
-      scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``. A pytree
-        of several goes in at call time.
-      forward_mode: Whether ``jvp``, ``jacfwd`` and ``linearize`` are defined, as in
-        ``jaxgrl.gradient_reversal``.
+      scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``. Pass a
+        pytree of several at call time.
+      forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as there.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from jaxgrl.nnx import GradientReversal
-      >>> model = nnx.Sequential(
-      ...     GradientReversal(0.5),
-      ...     nnx.Linear(1, 1, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0)),
-      ... )
-      >>> x = jnp.ones((1, 1))
-      >>> print(model(x), nnx.grad(lambda x: model(x).sum())(x))
-      [[1.]] [[-0.5]]
+      >>> layer, x = GradientReversal(0.5), jnp.ones(2)
+      >>> print(layer(x), nnx.grad(lambda x: layer(x).sum())(x))
+      [1. 1.] [-0.5 -0.5]
     """
 
     def __init__(self, scale: ScaleLike = 1.0, *, forward_mode: bool = False):
@@ -79,35 +71,31 @@ class DANN(nnx.Module):
                                 +-> gradient_reversal -> domain_discriminator
                                                             -> domain_logits
 
-    The modules are callables in this order. Features may be any pytree, outputs have
-    any shape, and K domains are a discriminator with K outputs. Add
-    ``jaxgrl.domain_loss`` of the domain logits to the label loss.
+    Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
+    the domain logits to the label loss.
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish.
 
-    Both logits are returned in training and evaluation alike. Under ``jit`` a
-    discriminator whose logits you do not use costs nothing. ``model.train()`` and
-    ``model.eval()`` set Dropout and BatchNorm in all three modules.
+    Both logits are returned in evaluation too. Under ``jit`` a discriminator whose
+    logits you do not use costs nothing.
 
     Args:
       feature_extractor: Maps inputs to features.
       label_classifier: Maps features to label logits.
-      domain_discriminator: Maps features to domain logits; for ``jaxgrl.domain_loss``
-        ``[batch]``, ``[batch, 1]`` or ``[batch, K]``.
-      condition: None for DANN; for CDAN ``jaxgrl.multilinear_map``, or any callable of
-        ``(features, predictions)``. Its output is reversed and goes into the
-        discriminator, in place of the features. The predictions are ``activation`` of
-        the label logits and receive no gradient, as in the authors' code.
-      activation: What makes predictions of label logits, in float32 or wider. One of
-
-        - ``jax.nn.softmax``: one of C classes, for logits ``[batch, ..., C]``;
-        - ``jax.nn.sigmoid``: independent labels. A binary head ``[batch, ..., 1]``
-          becomes two classes, ``[1 - p, p]``;
-        - any other callable: ``lambda y: y`` for a regression.
+      domain_discriminator: Maps features to domain logits.
+      condition: None for DANN. For CDAN ``jaxgrl.multilinear_map``, or any callable of
+        ``(features, predictions)``, whose output goes through the layer into the
+        discriminator. The predictions receive no gradient, as in the authors' code.
+      activation: Makes the predictions from the label logits, in float32 or wider:
+        ``jax.nn.softmax`` for ``[batch, ..., C]``; ``jax.nn.sigmoid`` for independent
+        labels and for a binary head ``[batch, ..., 1]``, which becomes the two classes
+        ``1 - p`` and ``p``; or any other callable, such as ``lambda y: y`` for a
+        regression.
 
     Attributes:
-      gradient_reversal: The layer, ``GradientReversal()``.
+      gradient_reversal: The layer, ``GradientReversal()``. Replace it for another
+        default scale or for ``forward_mode=True``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -153,11 +141,10 @@ class DANN(nnx.Module):
 
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
-          scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``; it
-            may be traced. None takes that of the layer, 1. It goes to no module.
-          **kwargs: Each goes to every one of the three modules whose call names it:
-            ``mask=mask`` for attention, for example. A module's first argument and its
-            own ``**kwargs`` name nothing.
+          scale: The strength of the reversal; it may be traced. None takes that of the
+            layer, 1. No module receives it.
+          **kwargs: Each goes to every module whose call names it, such as ``mask=mask``
+            for attention. A module's first argument and its ``**kwargs`` name nothing.
 
         Raises:
           TypeError: If no module names a keyword.

@@ -19,6 +19,7 @@ from jaxgrl import (
 )
 from jaxgrl.nnx import DANN
 
+pytestmark = pytest.mark.slow
 STEPS, BATCH, WIDTH = 1500, 32, 32
 
 

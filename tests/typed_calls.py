@@ -31,6 +31,7 @@ from jaxgrl import (
     information_maximization,
     multilinear_map,
     proxy_a_distance,
+    reversal_report,
 )
 
 X = jnp.ones((4, 3))
@@ -126,7 +127,21 @@ def measures() -> None:
     assert_type((distance, standard_error), tuple[float, float])
 
 
-CORRECT: list[Callable[[], None]] = [scales, layers, schedules, measures]
+def reports() -> None:
+    def loss(w: jax.Array, scale: ArrayLike, x: jax.Array) -> jax.Array:
+        features = x @ w
+        reversed_features = gradient_reversal(features, scale)
+        return jnp.sum(features**2) + domain_loss(reversed_features, DOMAINS)
+
+    report = reversal_report(loss, jnp.ones(3), X)
+    assert_type(report, jaxgrl.ReversalReport)
+    assert_type(report.leaves, tuple[jaxgrl.LeafReport, ...])
+    assert_type(report.problems, tuple[jaxgrl.Finding, ...])
+    assert_type([note.kind for note in report.notes], list[str])
+    assert_type(report.strength, float)
+
+
+CORRECT: list[Callable[[], None]] = [scales, layers, schedules, measures, reports]
 
 
 INCORRECT: list[Callable[[], Any]] = [
@@ -164,6 +179,8 @@ INCORRECT: list[Callable[[], Any]] = [
     lambda: domain_weights(DOMAINS, num_domains="2"),  # pyright: ignore[reportArgumentType]
     lambda: entropy_weights(None, DOMAINS),  # pyright: ignore[reportArgumentType]
     lambda: entropy_weights(X, DOMAINS, 2),  # pyright: ignore[reportCallIssue]
+    lambda: reversal_report(X, X),  # pyright: ignore[reportArgumentType]
+    lambda: reversal_report(jnp.sum),  # pyright: ignore[reportCallIssue]
     lambda: information_maximization(None),  # pyright: ignore[reportArgumentType]
     lambda: information_maximization(X, X > 0),  # pyright: ignore[reportCallIssue]
     lambda: proxy_a_distance(X, X + 5, folds=2).error,  # pyright: ignore[reportAttributeAccessIssue]

@@ -20,7 +20,7 @@ def save(figure: Figure, path: pathlib.Path) -> None:
     bytes of all.
     """
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150, facecolor="white")
+    figure.savefig(drawn, format="png", dpi=120, facecolor="white")
     picture = Image.open(drawn).convert("RGB")
     picture = picture.quantize(128, dither=Image.Dither.NONE)
     results.replace(path, lambda draft: picture.save(draft, "png", optimize=True))

@@ -7,7 +7,7 @@ A file is JSON with a line for each thing that it holds::
     settings                                what must be equal to go on with a file
     rows                                    the table; some files hold others as well
 
-A table is saved in blocks, of rows that have the same columns, with a line for each::
+A table is saved in blocks of rows with the same columns, a row a line::
 
     {"all": {"section": "import"}, "columns": ["what", "low"], "rows": [
     ["import jaxgrl", 3.1]
@@ -26,7 +26,7 @@ This module needs nothing but Python.
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -95,8 +95,23 @@ def _is_table(value: Any) -> bool:
 def _shown(value: Any) -> str:
     if not _is_table(value):
         return _json(value)
-    blocks = [_block(list(rows)) for _, rows in groupby(value, tuple)]
+    blocks = [
+        _block(list(rows))
+        for _, alike in groupby(value, tuple)
+        for rows in _split(list(alike))
+    ]
     return "[\n{}\n]".format(",\n".join(blocks))
+
+
+def _split(rows: list[Row]) -> Iterator[Iterable[Row]]:
+    """Yields rows that share each text that stays for eight rows on average."""
+
+    def stays(key: str) -> bool:
+        runs = sum(1 for _ in groupby(rows, lambda row: _json(row[key])))
+        return isinstance(rows[0][key], str) and 8 * runs <= len(rows)
+
+    keys = [key for key in rows[0] if stays(key)]
+    return (own for _, own in groupby(rows, lambda row: [row[key] for key in keys]))
 
 
 def _block(rows: list[Row]) -> str:

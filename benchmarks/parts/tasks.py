@@ -278,8 +278,9 @@ def load_mnist_usps(path: pathlib.Path) -> dict[str, Pair]:
         return {"MNIST": pair(file, "s"), "USPS": pair(file, "t")}
 
 
-def mnist_usps(seed: int, path: pathlib.Path, source: str, target: str) -> Data:
+def mnist_usps(seed: int, path: pathlib.Path | None, source: str, target: str) -> Data:
     """Returns one set as the source and the other, all of it, as target and test."""
+    assert path is not None  # no task is run whose file is not given
     sets = load_mnist_usps(path)
     count = len(sets[source][1])
     valid, train = split(seed, count, count // 10)

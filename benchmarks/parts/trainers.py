@@ -21,6 +21,7 @@ import itertools
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -496,6 +497,8 @@ def constant_reversal() -> Callable[..., Any]:
     an error.
     """
     reverse: Any = importlib.import_module("gradient_reversal").gradient_reversal
+    # PyTorch warns at each compilation that the operator returns an alias of its input.
+    warnings.filterwarnings("ignore", message="gradient_reversal::grl")
     return lambda x, scale: reverse(x, 1.0)
 
 
@@ -611,9 +614,11 @@ def fastest(choices: Sequence[Any], seconds: Callable[[Any, int], float]) -> Any
     # look drops such choices.
     first = {choice: seconds(choice, TRIAL // 5) for choice in choices}
     kept = [choice for choice in choices if first[choice] < 2 * min(first.values())]
-    times: dict[Any, list[float]] = {choice: [] for choice in kept}
-    for choice, own in [*times.items()] * 3:
-        own.append(seconds(choice, TRIAL))
+    # From the last one back and each at a stretch: another number of threads is another
+    # compilation.
+    times = {
+        choice: [seconds(choice, TRIAL) for _ in range(3)] for choice in reversed(kept)
+    }
     return min(times, key=lambda choice: statistics.median(times[choice]))
 
 

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = "benchmarks/adaptation.py"
 SGD = "breast cancer, mean -> worst cells"
 read = load("benchmarks/parts/results.py").read
+DEFAULT = "InfoMax, nearest to 1"
 FEW = ("--tasks", SGD, "--seeds", "2")
 
 
@@ -194,6 +195,11 @@ def test_finished_cells_are_kept_and_not_run_twice(tmp_path):
             mean_loss = lost[f"{group}: mean"][rule]
             assert mean_loss == pytest.approx(np.mean(losses), rel=1e-5)
             assert lost[f"{group}: worst"][rule] == max(losses)
+    mean_loss, worst = (lost[f"all: {n}"][DEFAULT] for n in ("mean", "worst"))
+    said = f"{DEFAULT} loses {mean_loss:.1f} points in the mean, {worst:.1f} at worst"
+    met = "met" if mean_loss <= 0.5 and worst <= 3 else "missed"
+    assert f"\n{said}: the target of 0.5 and 3.0 is {met}\n" in result.stdout
+    assert (said in whole["failures"]) == (mean_loss > 2 or worst > 5)
     assert "reverse validation" in lost["SGD: mean"]
     assert "reverse validation" not in lost["all: mean"]  # not measured with AdamW
 

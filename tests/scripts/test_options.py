@@ -25,7 +25,7 @@ ADAPTATION = "benchmarks/adaptation.py"
         (IMAGES, "--data none", "--data must be an existing file, got none"),
         (FAIR, "--seeds 1", "--seeds must be between 2 and 1000, got 1"),
         (CHOICE, "--scales 0 -1", "--scales must be finite and 0 or more, got [0.0, -"),
-        (CHOICE, "--seeds 1", "--seeds must be between 2 and 100, got 1"),
+        (CHOICE, "--seeds 1", "--seeds must be between 2 and 1000, got 1"),
         (CHOICE, "--angle nan", "--angle must be between -180 and 180, got nan"),
         (ADAPTATION, "--resume none", "--resume must be a file, got none"),
         (ADAPTATION, "--tasks cats", "--tasks must be part of a task's name, got 'cat"),
