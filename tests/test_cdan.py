@@ -173,7 +173,7 @@ def test_weights_pass_no_gradient_and_survive_what_is_masked(dtype, activation):
 
     def weighted(logits):
         weights = entropy_weights(logits, domains, where=where, activation=activation)
-        return (weights * jnp.arange(3.0)).sum()
+        return (weights * jnp.arange(3, dtype=jnp.float32)).sum()
 
     with jax.debug_nans(True):
         value = weighted(logits)  # eager, where even a cast of nan raises

@@ -194,7 +194,7 @@ def test_weights_of_rows_of_any_shape():
     domains = np.random.default_rng(0).integers(3, size=(4, 1, 6))
     where = np.random.default_rng(1).uniform(size=(4, 5, 1)) > 0.4
     weights = domain_weights(domains, num_domains=3, where=where)
-    assert weights.shape == (4, 5, 6) and weights.dtype == jnp.float32
+    assert weights.shape == (4, 5, 6) and weights.dtype == jnp.ones(()).dtype
     flat_domains, flat = (
         np.broadcast_to(a, (4, 5, 6)).reshape(-1) for a in (domains, where)
     )
@@ -235,7 +235,7 @@ def test_balanced_forms_of_other_losses():
     domains, where = np.array([0, 0, 1, 0, 0, 1, 0, 0, 1]), np.arange(9) != 4
     soft = np.where(domains == 1, 0.9, 0.1).astype(np.float32)
     signs = 2.0 * domains - 1
-    weights = domain_weights(domains, where=where)
+    weights = domain_weights(domains, where=where).astype(jnp.float32)
     log_p, log_q = jax.nn.log_sigmoid(scores), jax.nn.log_sigmoid(-scores)
     losses = {
         "hinge": np.maximum(0, 1 - signs * scores),
@@ -279,7 +279,8 @@ def test_gradients_per_example_add_up_to_that_of_the_batch():
         return -weight * jax.nn.log_softmax(x @ w)[domain]
 
     rows = jax.vmap(jax.grad(of_row), (None, 0, 0, 0))
-    grads = rows(w, x, domains, domain_weights(domains, **k))
+    weights = domain_weights(domains, **k).astype(jnp.float32)
+    grads = rows(w, x, domains, weights)
     np.testing.assert_allclose(grads.sum(axis=0), whole, rtol=1e-5, atol=1e-7)
 
     # The same by the loss of each row alone, which the counts of all of them balance.
