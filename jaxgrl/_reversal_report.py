@@ -214,6 +214,11 @@ class _Result(NamedTuple):
     def norm(self, row: int) -> np.ndarray:
         return np.sqrt(self.dot(row, row))
 
+    def counts(self) -> np.ndarray:
+        """Returns for which leaves what passes through is more than rounding."""
+        total = math.sqrt(self.dot(_OPEN, _OPEN).sum())
+        return self.norm(_THROUGH) > 1e-3 * total
+
     def rows(self) -> np.ndarray:
         """Returns the logits as ``[batch, logits]``."""
         return self.logits.reshape(len(self.logits) if self.logits.ndim else 1, -1)
@@ -412,7 +417,7 @@ def _findings(
         if domain.dot(_THROUGH, _THROUGH).any()
         else loss.run(_DOMAIN, nudge=_NEARBY)
     )
-    twice = nearby.dot(_ARRIVED, _THROUGH) > 0
+    twice = nearby.dot(_ARRIVED, _THROUGH) * nearby.counts() > 0
     if not np.allclose(domain[:2], half[:2], rtol=1e-5, atol=0):
         yield found("scale_in_loss")
     elif not through.any():
@@ -425,14 +430,14 @@ def _findings(
             yield found("no_domain_gradient")
         elif nearby.varies():
             yield found("detached")
-    elif twice.any():
-        yield found("twice", twice)
+    elif twice.any() or strength < 0:
+        yield found("twice", twice if twice.any() else through)
     elif math.isclose(strength, loss.strength(0.5), rel_tol=1e-3):
         yield found("scale_unused")
     elif abs(strength - 1) > 0.01:
         yield found("strength")
 
-    turned = label.dot(_ARRIVED, _THROUGH) < 0
+    turned = label.dot(_ARRIVED, _THROUGH) * label.counts() < 0
     if turned.any() and not loss.sum_only:
         yield found("label_reversed", turned)
     weights, row = (_DOMAIN, _SHUT) if loss.sum_only else (_LABEL, _OPEN)

@@ -13,7 +13,6 @@ from report_models import (
     BATCH,
     DOMAINS,
     X,
-    Y,
     classify,
     dann,
     dense,
@@ -87,6 +86,7 @@ def by_custom_gradient(x, scale):
 LAYERS = {
     "five_lines_custom_vjp": by_custom_vjp,
     "five_lines_custom_jvp": by_custom_jvp,
+    # Optax asks `if scale == 1`, so this loss is traced for each scale.
     "optax_scale_gradient": lambda x, s: optax.scale_gradient(x, -s),
     "forward_mode": lambda x, s: gradient_reversal(x, s, forward_mode=True),
     "jit": jax.jit(gradient_reversal),
@@ -128,7 +128,7 @@ for _name, _layer in LAYERS.items():
 
 @model
 def layer_custom_gradient():
-    # A scale that is closed over is no input of the rule on every JAX.
+    # The rule closes over the scale, so this loss is traced for each scale.
     return dann(layer=by_custom_gradient), make_params()
 
 
@@ -148,7 +148,7 @@ def normalized(x):
     return x
 
 
-normalized.defvjp(lambda x: (x, None), lambda _, g: (g / jnp.linalg.norm(g),))
+normalized.defvjp(lambda x: (x, None), lambda _, g: (g / (jnp.linalg.norm(g) + 1e-9),))
 
 MODELS |= {
     "clipping_in_front_of_the_label_head": of_parts(
@@ -739,7 +739,7 @@ def a_batch_sharded_explicitly():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_a_loss_under_shard_map(check_vma):
-    mesh, rows = of_mesh(AxisType.Auto)
+    mesh, _ = of_mesh(AxisType.Auto)
     inner = sharded(AxisType.Auto)[0]
 
     def loss(params, scale, x, domains):
@@ -774,6 +774,8 @@ NOTES = {
 # An identity that clips on the way back changes how much arrives.
 OTHER_STRENGTH = {"clipping_in_front_of_both_heads"}
 
+LOW_PRECISION = {"low_precision_parameters", "mixed_precision"}
+
 
 @pytest.mark.parametrize("form", ["triple", "sum"])
 @pytest.mark.parametrize("name", MODELS)
@@ -783,7 +785,15 @@ def test_a_correct_model_has_no_problem(name, form):
     assert report.problems == ()
     if name in OTHER_STRENGTH:
         return
-    np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
+    rounding = 0
+    if form == "sum":
+        # The domain gradient is told by subtraction from the larger label gradient.
+        dtype = jnp.bfloat16 if name in LOW_PRECISION else jnp.float32
+        together = report.reversed
+        if not together.domain_norm:
+            return  # Measured nearby, where the two norms are not known.
+        rounding = jnp.finfo(dtype).eps * together.label_norm / together.domain_norm
+    np.testing.assert_allclose(report.strength, 1, rtol=1e-5 + rounding)
     kinds = {kind for kind, _ in report.notes}
     if form == "triple":
         assert kinds == NOTES.get(name, set())
