@@ -149,8 +149,8 @@ def test_a_table_is_printed():
     assert str(report).splitlines() == [
         "parameter         domain gradient  |label|  |domain|  cosine",
         f"d                 plain                  0  {domains[0]:>8}",
-        f"encoder           reversed               4  {domains[1]:>8}  {1:>6}",
-        f"together: 1 of 2  reversed               4  {domains[1]:>8}  {1:>6}",
+        f"encoder           reversed               4  {domains[1]:>8}  {-1:>6}",
+        f"together: 1 of 2  reversed               4  {domains[1]:>8}  {-1:>6}",
         "strength of the reversal: 0.5 x scale",
         f"spread of the domain logits: {report.logit_spread:.3g}",
         f"note (strength): {report.notes[0].text}",
