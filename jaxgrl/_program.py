@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 AXIS = "jaxgrl_switch"
 # The layers as they are, as plain copies, and as stop_gradients.
@@ -56,34 +56,30 @@ def with_switches(program: Any) -> tuple[Any, int]:
         return (program.replace(jaxpr=inner) if count else program), count
     eqns, total = [], 0
     for eqn in program.eqns:
+        new, count = [eqn], 0
         if wires := _wires(eqn):
             new, count = _switched(eqn, wires), 1
         elif _rule_body(eqn) is None:
             params, count = _in_params(eqn.params)
             new = [eqn.replace(params=params) if count else eqn]
-        else:
-            new, count = [eqn], 0
         eqns, total = eqns + new, total + count
     return (program.replace(eqns=eqns) if total else program), total
 
 
 def _switched(eqn: JaxprEqn, wires: dict[int, int]) -> list[JaxprEqn]:
-    before, after, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
+    def traced(function: Any, invars: list[Any], outvars: list[Any]) -> JaxprEqn:
+        (new,) = jax.make_jaxpr(function)(*(var.aval for var in invars)).jaxpr.eqns
+        # The context holds the mesh if the layer is inside a shard_map.
+        return new.replace(invars=invars, outvars=outvars, ctx=eqn.ctx)
+
+    forks, joins, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
     for output, wire in wires.items():
         out: Any = eqn.outvars[output]
-        into, around, outvars[output] = Var(out.aval), Var(out.aval), Var(out.aval)
-        before += _traced(_fork, eqn, [invars[wire]], [into, around])
-        after += _traced(_join, eqn, [outvars[output], around], [out])
+        into, around, outvars[output] = (Var(out.aval) for _ in range(3))
+        forks.append(traced(_fork, [invars[wire]], [into, around]))
+        joins.append(traced(_join, [outvars[output], around], [out]))
         invars[wire] = into
-    return [*before, eqn.replace(invars=invars, outvars=outvars), *after]
-
-
-def _traced(
-    function: Any, place: JaxprEqn, invars: list[Any], outvars: list[Any]
-) -> list[JaxprEqn]:
-    (eqn,) = jax.make_jaxpr(function)(*(var.aval for var in invars)).jaxpr.eqns
-    # The context holds the mesh if the place is inside a shard_map.
-    return [eqn.replace(invars=invars, outvars=outvars, ctx=place.ctx)]
+    return [*forks, eqn.replace(invars=invars, outvars=outvars), *joins]
 
 
 def _in_params(params: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -104,7 +100,8 @@ def _in_params(params: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def _is_jaxpr(value: Any) -> bool:
-    return isinstance(value, Jaxpr | ClosedJaxpr)
+    # A ClosedJaxpr too, which newer JAX does not tell from a Jaxpr.
+    return hasattr(value, "eqns")
 
 
 def _rule_body(eqn: JaxprEqn) -> Any:

@@ -1,6 +1,7 @@
 """Is it really reversed? Which parameter gets which gradient, and what is wrong."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -54,6 +55,11 @@ _NOTES = {
     "It may start at 0, or the features may be equal. Otherwise it has died.",
 }
 
+# The loss has an `if` on the scale, converts it, or has a rule that closes over it.
+_UNTRACEABLE = (
+    *(jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError),
+    jax.errors.UnexpectedTracerError,
+)
 # The weights of the label loss, the domain loss and the domain logits.
 _LABEL, _DOMAIN, _LOGITS = np.eye(3).tolist()
 # How far parameters are moved to see whether a gradient is 0 by chance.
@@ -119,26 +125,23 @@ class ReversalReport:
     notes: tuple[Finding, ...]
 
     def __str__(self) -> str:
-        table = [("parameter", "domain gradient", "|label|", "|domain|", "cosine")]
+        rows = [("parameter", "domain gradient", "|label|", "|domain|", "cosine")]
         for path, kind, *numbers in (*self.leaves, self.reversed):
-            shown = ("" if math.isnan(v) else f"{v:.3g}" for v in numbers)
-            table.append((path, kind, *shown))  # pyright: ignore
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        columns = list(zip("<<>>>", widths, strict=True))
-        lines = [
-            "  ".join(f"{t:{a}{w}}" for t, (a, w) in zip(row, columns, strict=True))
-            for row in table
+            shown = (f"{value:.3g}".replace("nan", "") for value in numbers)
+            rows.append((path, kind, *shown))  # pyright: ignore
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        form = "{:<{}}  {:<{}}  {:>{}}  {:>{}}  {:>{}}".format
+        lines = [form(*sum(zip(row, widths, strict=True), ())) for row in rows]
+        lines += [
+            f"strength of the reversal: {self.strength:.4g} x scale",
+            f"spread of the domain logits: {self.logit_spread:.3g}",
+            *(f"problem ({kind}): {text}" for kind, text in self.problems),
+            *(f"note ({kind}): {text}" for kind, text in self.notes),
         ]
-        if not math.isnan(self.strength):
-            lines.append(f"strength of the reversal: {self.strength:.4g} x scale")
-        if not math.isnan(self.logit_spread):
-            lines.append(f"spread of the domain logits: {self.logit_spread:.3g}")
-        for grade, found in {"problem": self.problems, "note": self.notes}.items():
-            lines += [f"{grade} ({kind}): {text}" for kind, text in found]
         if not self.problems:
             coarse = ", as far as the sum of the losses shows"
             lines.append(f"no problem found{coarse * math.isnan(self.logit_spread)}")
-        return "\n".join(map(str.rstrip, lines))
+        return "\n".join(line.rstrip() for line in lines if ": nan" not in line)
 
 
 def reversal_report(
@@ -195,8 +198,7 @@ def reversal_report(
     """
     try:
         return _report(_Loss(loss, params, args, traced=True))
-    except (jax.errors.ConcretizationTypeError, jax.errors.UnexpectedTracerError):
-        # The loss has an `if` on the scale, or a rule that closes over it.
+    except _UNTRACEABLE:
         return _report(_Loss(loss, params, args, traced=False))
 
 
@@ -219,13 +221,13 @@ class _Result(NamedTuple):
         total = math.sqrt(self.dot(_OPEN, _OPEN).sum())
         return self.norm(_THROUGH) > 1e-3 * total
 
-    def rows(self) -> np.ndarray:
-        """Returns the logits as ``[batch, logits]``."""
-        return self.logits.reshape(len(self.logits) if self.logits.ndim else 1, -1)
-
     def varies(self) -> bool:
         """Whether a logit varies over the batch by more than rounding."""
-        return bool((np.ptp(self.rows(), 0) > 1e-6 * np.abs(self.logits).max()).any())
+        ranges = np.ptp(np.atleast_1d(self.logits), axis=0)
+        return bool((ranges > 1e-6 * np.abs(self.logits).max()).any())
+
+    def in_unit(self) -> bool:
+        return bool(((self.logits >= 0) & (self.logits <= 1)).all())
 
 
 class _Loss:
@@ -249,18 +251,22 @@ class _Loss:
         # Of an nnx.Variable, the path ends in the value that it holds.
         self.paths = [name.removesuffix(".value") for name in names]
         self.arrays = [leaves[i] for i in order]
-        self.results, self.other, self.sum_only = {}, None, False
+        self.results, self.other, self.sum_only, self.layers = {}, None, False, 0
 
         def terms(arrays: Any, scale: Any) -> Any:
             filled = dict(enumerate(leaves)) | dict(zip(order, arrays, strict=True))
             params, args = jax.tree.unflatten(structure, filled.values())
             return self._terms(loss(params, scale, *args))
 
-        def program(scale: float) -> Any:
+        def program(scale: float) -> Callable[..., Any]:
             fixed = terms if traced else lambda arrays, _: terms(arrays, scale)
-            switched = with_switches(jax.make_jaxpr(fixed)(self.arrays, 1.0))
-            self.layers = switched[1]
-            return self._gradients(jaxpr_as_fun(switched[0]))
+            jaxpr = jax.make_jaxpr(fixed)(self.arrays, 1.0)
+            switched, self.layers = with_switches(jaxpr)
+            gradients = functools.partial(
+                _gradients, jaxpr_as_fun(switched), len(moving)
+            )
+            settings = {"in_axes": None, "axis_size": 3, "axis_name": AXIS}
+            return jax.jit(jax.vmap(gradients, **settings))
 
         self.programs = {1.0: program(1.0)}
         self.programs[0.5] = self.programs[1.0] if traced else program(0.5)
@@ -275,37 +281,16 @@ class _Loss:
                 "`loss` must return a scalar or (label_loss, domain_loss, "
                 f"domain_logits), each an array, got {returned!r}."
             )
-        names = (
-            "label_loss",
-            "loss" if self.sum_only else "domain_loss",
-            "domain_logits",
-        )
-        arrays = tuple(map(jnp.asarray, terms))
-        for name, value in zip(names, arrays, strict=True):
+        label, domain, logits = map(jnp.asarray, terms)
+        second = "loss" if self.sum_only else "domain_loss"
+        for name, value in {"label_loss": label, second: domain}.items():
             check_floating(name, value)
-            if name != "domain_logits" and value.shape:
+            if value.shape:
                 raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
-        return arrays
+        check_floating("domain_logits", logits)
+        return label, domain, logits
 
-    def _gradients(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        count = len(self.paths)
-
-        def gradients(arrays: Any, scale: Any, weights: Any, nudge: Any) -> Any:
-            def total(point: Any) -> Any:
-                moved = [_nudged(value, nudge) for value in point]
-                terms = map(jnp.asarray, loss(*moved, *arrays[count:], scale))
-                terms = [t.astype(at_least_float32(t.dtype)) for t in terms]
-                values = zip(weights, terms, strict=True)
-                return sum(w * jnp.sum(t) for w, t in values), terms
-
-            return jax.grad(total, has_aux=True)(arrays[:count])
-
-        settings = {"in_axes": None, "axis_size": 3, "axis_name": AXIS}
-        return jax.jit(jax.vmap(gradients, **settings))
-
-    def run(
-        self, weights: list[float], scale: float = 1.0, nudge: float = 0.0
-    ) -> _Result:
+    def run(self, weights: Any, scale: float = 1.0, nudge: float = 0.0) -> _Result:
         """Returns the result for a weighted sum of the terms, at parameters nearby."""
         key = *weights, scale, nudge
         if key not in self.results:
@@ -315,19 +300,20 @@ class _Loss:
             grads, terms = jax.tree.map(_on_host, pair)
             self.other = self.other or [g[OPEN] for g in grads]
             products = np.stack(list(map(_products, grads, self.other)))
-            self.results[key] = _Result(*(t[0] for t in terms), products)
+            label, domain, logits = (term[0] for term in terms)
+            self.results[key] = _Result(label, domain, logits, products)
         return self.results[key]
 
-    def anywhere(self, weights: list[float], row: int, sure: np.ndarray) -> np.ndarray:
+    def anywhere(self, weights: Any, row: int, sure: np.ndarray) -> np.ndarray:
         """Returns for which leaves the row is not 0, here or nearby.
 
         It may be 0 here by chance, such as behind a layer that starts at 0. A leaf that
         is sure needs no second look.
         """
         here = self.run(weights).norm(row) > 0
-        if here.any() and (here | sure).all():
-            return here
-        return here | (self.run(weights, nudge=_NEARBY).norm(row) > 0)
+        if not here.any() or not (here | sure).all():
+            here |= self.run(weights, nudge=_NEARBY).norm(row) > 0
+        return here
 
     def strength(self, scale: float) -> float:
         """Returns the strength of the reversal; nan if nothing comes back."""
@@ -338,13 +324,25 @@ class _Loss:
         return math.nan
 
 
+def _gradients(
+    loss: Any, count: int, arrays: Any, scale: Any, weights: Any, nudge: Any
+) -> Any:
+    def total(point: Any) -> Any:
+        moved = [_nudged(value, nudge) for value in point]
+        terms = map(jnp.asarray, loss(*moved, *arrays[count:], scale))
+        terms = [t.astype(at_least_float32(t.dtype)) for t in terms]
+        return sum(w * jnp.sum(t) for w, t in zip(weights, terms, strict=True)), terms
+
+    return jax.grad(total, has_aux=True)(arrays[:count])
+
+
 def _nudged(value: Any, nudge: Any) -> Any:
     """Returns a value of the same sign nearby, or a small one for 0."""
-    shape = value.shape
-    ramp = (
-        jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1) if shape else 0.0
-    )
-    step = jnp.asarray(nudge * (1 + ramp) / (shape or (1,))[-1], value.dtype)
+    shape = value.shape or (1,)
+    ramp = (1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)) / shape[
+        -1
+    ]
+    step = (nudge * ramp).astype(value.dtype).reshape(value.shape)
     return value * (1 + step) + jnp.where(value == 0, step / value.size**0.5, 0)
 
 
@@ -391,7 +389,7 @@ def _report(loss: _Loss) -> ReversalReport:
         tuple(row(path, str(kinds[i]), [i]) for i, path in enumerate(loss.paths)),
         row(f"together: {through.sum()} of {len(through)}", "reversed", through),
         loss.strength(1.0),
-        float(domain.rows().std(axis=0).max()) if judged else math.nan,
+        float(np.atleast_1d(domain.logits).std(axis=0).max()) if judged else math.nan,
         tuple(finding for finding in found if finding.kind in _PROBLEMS),
         tuple(finding for finding in found if finding.kind in _NOTES),
     )
@@ -412,11 +410,7 @@ def _findings(
         yield found("not_finite")
         return
     half = loss.run(_DOMAIN, 0.5)
-    nearby = (
-        domain
-        if domain.dot(_THROUGH, _THROUGH).any()
-        else loss.run(_DOMAIN, nudge=_NEARBY)
-    )
+    nearby = domain if domain.norm(_THROUGH).any() else loss.run(_DOMAIN, 1.0, _NEARBY)
     twice = nearby.dot(_ARRIVED, _THROUGH) * nearby.counts() > 0
     if not np.allclose(domain[:2], half[:2], rtol=1e-5, atol=0):
         yield found("scale_in_loss")
@@ -448,8 +442,7 @@ def _findings(
     elif through.any() and not trains:
         yield found("untrained")
     # The logits tell a part that goes round the layer from a penalty in the loss.
-    both = through & plain
-    if both.any() and not loss.sum_only:
+    if (both := through & plain).any() and not loss.sum_only:
         if (both := both & loss.anywhere(_LOGITS, _SHUT, ~both)).any():
             yield found("bypassed", both)
 
@@ -460,8 +453,5 @@ def _findings(
     if not domain.varies():
         yield found("constant_output")
     # Logits grow with the parameters; probabilities stay where they are.
-    elif all(
-        ((logits >= 0) & (logits <= 1)).all()
-        for logits in (loss.run(_DOMAIN, nudge=n).logits for n in (0.0, 1000.0))
-    ):
+    elif domain.in_unit() and loss.run(_DOMAIN, nudge=1000.0).in_unit():
         yield found("probabilities")

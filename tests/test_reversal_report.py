@@ -225,13 +225,17 @@ def test_the_loss_is_traced_once():
     assert len(calls) == 1
 
 
-def test_an_if_on_the_scale_is_traced_for_each_scale():
-    def loss(params, scale):
-        return dann(layer=gradient_reversal if scale > 0 else lambda x, s: x)(
-            params, scale
-        )
-
-    report = reversal_report(loss, make_params())
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x, s: gradient_reversal(x, s) if s > 0 else x,
+        lambda x, s: gradient_reversal(x, float(s)),
+        lambda x, s: gradient_reversal(x, np.clip(np.asarray(s, np.float32), 0, 1)),
+    ],
+    ids=["if", "float", "numpy"],
+)
+def test_a_scale_that_cannot_be_traced_is_a_constant(layer):
+    report = reversal_report(dann(layer=layer), make_params())
     assert report.problems == () and report.notes == ()
     np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
 
