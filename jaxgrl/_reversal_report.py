@@ -361,7 +361,7 @@ def _products(g: np.ndarray, other: np.ndarray) -> np.ndarray:
     flat = rows.reshape(len(rows), -1)
     # Over the largest value, so that squares of small gradients do not vanish.
     top = np.abs(flat).max(axis=1, initial=0).astype(float)
-    flat = flat / np.where(top, top, 1)[:, None].astype(flat.dtype)
+    flat /= np.where(top, top, 1)[:, None].astype(flat.dtype)
     return (flat @ flat.conj().T).real * np.outer(top, top)
 
 
