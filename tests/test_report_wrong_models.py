@@ -167,6 +167,7 @@ MISTAKES = {
         {"layer": lambda x, s: gradient_reversal(gradient_reversal(x, s), s)},
     ),
     "twice_in_a_loop": ("twice", "twice", {"layer": reverse_twice}),
+    "twice_under_jit": ("twice", "twice", {"layer": jax.jit(reverse_twice)}),
     "twice_in_a_scan": ("twice", "twice", {"layer": a_scan_of(gradient_reversal, 2)}),
     "a_second_strength": (
         "twice",

@@ -1,5 +1,10 @@
 """The numbers of the report against ordinary gradients; what is printed and refused."""
 
+import os
+import socket
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,6 +243,55 @@ def test_a_scale_that_cannot_be_traced_is_a_constant(layer):
     report = reversal_report(dann(layer=layer), make_params())
     assert report.problems == () and report.notes == ()
     np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
+
+
+SPANNING = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxgrl import domain_loss, gradient_reversal, reversal_report
+
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+def spread(array, *spec):
+    sharding = NamedSharding(mesh, P(*spec))
+    return jax.make_array_from_callback(array.shape, sharding, lambda i: array[i])
+
+x = np.linspace(-1, 2, 40, dtype=np.float32).reshape(8, 5)
+domains = np.repeat(np.array([0, 1], np.int32), 4)
+params = {"f": spread(np.cos(x[:4]).T, None, "data"), "h": np.ones((4, 1), np.float32)}
+
+def loss(params, scale, x, domains):
+    features = jnp.tanh(x @ params["f"])
+    logits = gradient_reversal(features, scale) @ params["h"]
+    label = jnp.mean((features[:, 0] - x[:, 0]) ** 2)
+    return label, domain_loss(logits, domains), logits
+
+report = reversal_report(loss, params, spread(x, "data"), spread(domains, "data"))
+assert not params["f"].is_fully_addressable
+assert report.problems == () and abs(report.strength - 1) < 1e-5
+assert [leaf.domain for leaf in report.leaves] == ["reversed", "plain"]
+"""
+
+
+def test_parameters_and_a_batch_that_span_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", SPANNING, port, str(rank)],
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+    for process in pair:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
 
 
 def test_it_runs_where_nan_is_an_error():
