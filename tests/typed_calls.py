@@ -34,7 +34,7 @@ from jaxgrl import (
     reversal_report,
 )
 
-X = jnp.ones((4, 3))
+X = jnp.ones((4, 3), jnp.float32)
 DOMAINS = jnp.array([0, 0, 1, 1])
 
 
