@@ -34,7 +34,7 @@ from jaxgrl import (
     reversal_report,
 )
 
-X = jnp.ones((4, 3))
+X = jnp.ones((4, 3), jnp.float32)
 DOMAINS = jnp.array([0, 0, 1, 1])
 
 
@@ -133,7 +133,7 @@ def reports() -> None:
         reversed_features = gradient_reversal(features, scale)
         return jnp.sum(features**2) + domain_loss(reversed_features, DOMAINS)
 
-    report = reversal_report(loss, jnp.ones(3), X)
+    report = reversal_report(loss, X[0], X)
     assert_type(report, jaxgrl.ReversalReport)
     assert_type(report.leaves, tuple[jaxgrl.LeafReport, ...])
     assert_type(report.problems, tuple[jaxgrl.Finding, ...])
