@@ -329,8 +329,9 @@ def _gradients(
 ) -> Any:
     def total(point: Any) -> Any:
         moved = [_nudged(value, nudge) for value in point]
-        terms = map(jnp.asarray, loss(*moved, *arrays[count:], scale))
-        terms = [t.astype(at_least_float32(t.dtype)) for t in terms]
+        terms = list(map(jnp.asarray, loss(*moved, *arrays[count:], scale)))
+        wide = at_least_float32(*(term.dtype for term in terms))
+        terms = [term.astype(wide) for term in terms]
         return sum(w * jnp.sum(t) for w, t in zip(weights, terms, strict=True)), terms
 
     return jax.grad(total, has_aux=True)(arrays[:count])
