@@ -330,8 +330,8 @@ def _gradients(
     def total(point: Any) -> Any:
         moved = [_nudged(value, nudge) for value in point]
         terms = list(map(jnp.asarray, loss(*moved, *arrays[count:], scale)))
-        wide = at_least_float32(*(t.dtype for t in terms))
-        terms = [t.astype(wide) for t in terms]
+        wide = at_least_float32(*(term.dtype for term in terms))
+        terms = [term.astype(wide) for term in terms]
         return sum(w * jnp.sum(t) for w, t in zip(weights, terms, strict=True)), terms
 
     return jax.grad(total, has_aux=True)(arrays[:count])

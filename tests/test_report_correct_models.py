@@ -613,7 +613,7 @@ class Tied(nnx.Module):
     """A module whose label head and encoder hold one and the same parameter."""
 
     def __init__(self, rngs):
-        self.kernel = nnx.Param(rngs.normal((5, 8)) / 2)
+        self.kernel = nnx.Param(jax.random.normal(rngs(), (5, 8), jnp.float32))
         self.decoder_kernel = self.kernel
         self.discriminator = nnx.Linear(8, 1, rngs=rngs)
 
@@ -676,9 +676,9 @@ def equinox():
 
     keys = jax.random.split(jax.random.key(0), 3)
     network = Network(
-        eqx.nn.MLP(5, 8, 8, 1, jnp.tanh, key=keys[0]),
-        eqx.nn.Linear(8, 3, key=keys[1]),
-        eqx.nn.MLP(8, 1, 8, 1, key=keys[2]),
+        eqx.nn.MLP(5, 8, 8, 1, jnp.tanh, dtype=jnp.float32, key=keys[0]),
+        eqx.nn.Linear(8, 3, dtype=jnp.float32, key=keys[1]),
+        eqx.nn.MLP(8, 1, 8, 1, dtype=jnp.float32, key=keys[2]),
         eqx.nn.Dropout(0.1),
         "network",
     )
