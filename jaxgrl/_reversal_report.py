@@ -19,8 +19,8 @@ from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
 _PROBLEMS = {
     "not_finite": "A loss or a gradient is not finite, so nothing more can be checked. "
     "Are the inputs finite? Is a domain out of range for the logits?",
-    "missing": "No gradient is reversed. Does the input of the discriminator pass "
-    "through gradient_reversal? Is the scale positive?",
+    "missing": "No gradient is reversed. Does what the discriminator sees pass through "
+    "gradient_reversal, with a positive scale, and without a stop_gradient?",
     "detached": "The domain gradient reaches no parameter that the label loss trains. "
     "Are the features detached (stop_gradient)?",
     "no_domain_gradient": "The domain loss has no gradient. Is the output of the "
@@ -159,13 +159,20 @@ def reversal_report(
         strength = -<arrived, through> / |through|**2
 
     An identity whose rule does not change the sign, such as one that clips gradients,
-    is no layer. Nothing of ``params`` is changed.
+    is no layer. A layer inside another function with its own rule cannot be seen.
+    Nothing of ``params`` is changed.
+
+    The kinds of a problem are missing, detached, no_domain_gradient, scale_unused,
+    scale_in_loss, twice, label_reversed, behind (the discriminator), untrained (the
+    discriminator), bypassed, probabilities (for logits) and not_finite. Those of a note
+    are strength, only_reversed, negative_loss, constant_output and unreadable.
 
     Args:
       loss: A function of ``(params, scale, *args)``, with a batch of every domain, that
         returns ``(label_loss, domain_loss, domain_logits)``: the two terms as they are
-        added, and the logits ``[batch]``, ``[batch, 1]`` or ``[batch, K]``. Or the sum
-        of the losses alone, which shows less. It is traced, with a traced scale.
+        added, and the logits ``[batch, ...]``. Or the sum of the losses alone, which
+        shows less. It is traced once, or once for each of two scales if the scale
+        cannot be traced.
       params: A pytree of parameters (Linen, Haiku, plain JAX), an ``nnx.Module`` or an
         Equinox module. The report looks at its floating arrays.
       *args: What else the loss takes, such as the batch. Arrays that span processes

@@ -123,6 +123,16 @@ def test_a_chance_zero_is_not_taken_for_an_absent_gradient():
     assert not gradient["out"]["bias"].any()  # Zero here, and trained all the same.
 
 
+def test_gradients_whose_squares_vanish():
+    loss = dann(domain_loss=lambda z, s: 1e-25 * domain_loss(z, DOMAINS))
+    report = reversal_report(loss, make_params())
+    assert report.problems == () and report.notes == ()
+    np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
+    expected = numbers(*(g["features"] for g in gradients()))
+    norms = expected[0], 1e-25 * expected[1]
+    np.testing.assert_allclose(report.reversed[2:], (*norms, expected[2]), rtol=1e-5)
+
+
 def test_a_target_only_parameter_is_a_note():
     def encode(params, scale):
         return jnp.tanh(X @ params["features"]["kernel"])
