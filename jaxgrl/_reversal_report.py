@@ -370,7 +370,7 @@ def _products(g: np.ndarray, other: np.ndarray) -> np.ndarray:
     # Over the largest value, so that squares of small gradients do not vanish.
     top = np.abs(flat).max(axis=1, initial=0).astype(float)
     flat /= np.where(top, top, 1)[:, None].astype(flat.dtype)
-    return (flat @ flat.conj().T).real * np.outer(top, top)
+    return np.real(flat @ flat.conj().T) * np.outer(top, top)
 
 
 def _report(loss: _Loss) -> ReversalReport:
