@@ -217,6 +217,9 @@ MODELS |= {
         discriminate=lambda p, h, s: discriminate(p, h, s)[:, 0],
         domain_loss=lambda z, s: domain_loss(z, DOMAINS),
     ),
+    "logits_between_0_and_1": of_parts(
+        discriminate=lambda p, h, s: 0.5 + 0.1 * discriminate(p, h, s)
+    ),
     "losses_in_bfloat16": of_parts(
         domain_loss=lambda z, s: domain_loss(z, DOMAINS).astype(jnp.bfloat16),
         label_loss=lambda z, s: label_loss(z).astype(jnp.bfloat16),
@@ -488,6 +491,19 @@ def per_example_losses_by_vmap():
 @model
 def a_whole_loss_under_jit_and_remat():
     return jax.jit(jax.checkpoint(dann())), make_params()
+
+
+@model
+def one_jit_for_the_inputs_of_both_heads():
+    split = jax.jit(lambda f, s: (gradient_reversal(f, s), jnp.tanh(f)))
+
+    def loss(p, scale):
+        seen, features = split(encode(p, scale), scale)
+        logits = discriminate(p, hide(p, seen, scale), scale)
+        label = label_loss(classify(p, features, scale))
+        return label, domain_loss(logits, DOMAINS), logits
+
+    return loss, make_params()
 
 
 @model

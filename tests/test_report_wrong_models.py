@@ -432,7 +432,7 @@ def one_part_passes_two_layers():
     def loss(params, scale):
         first = jnp.tanh(X @ params["first"])
         second = jnp.tanh(X @ params["second"])
-        seen = gradient_reversal(first, scale) + reverse_twice(second, scale)
+        seen = 3 * gradient_reversal(first, scale) + reverse_twice(second, scale)
         logits = discriminate(params, hide(params, seen, scale), scale)
         label = label_loss(classify(params, first + second, scale))
         return label, domain_loss(logits, DOMAINS), logits
@@ -498,6 +498,14 @@ def detached_and_a_discriminator_that_starts_at_zero():
     return dann(layer=lambda x, s: jax.lax.stop_gradient(x)), params
 
 
+@model({"detached", "constant_output"})
+def detached_and_a_discriminator_of_zeros():
+    # With as many rows of each domain, no gradient of it is other than 0 here.
+    params = make_params()
+    zeros = {k: jax.tree.map(jnp.zeros_like, params[k]) for k in ("hidden", "out")}
+    return dann(layer=lambda x, s: jax.lax.stop_gradient(x)), params | zeros
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_wrong_model_is_named(name):
     expected, build = WHOLE[name]
@@ -511,7 +519,9 @@ def test_there_are_forty_wrong_models():
 
 def test_twice_names_the_part_that_passes_two_layers():
     loss, params = WHOLE["one_part_passes_two_layers"][1]()
-    (problem,) = reversal_report(loss, params).problems
+    report = reversal_report(loss, params)
+    assert report.strength > 0  # That of both parts together.
+    (problem,) = report.problems
     assert "two layers, which cancel: second. Keep" in problem.text
 
 
