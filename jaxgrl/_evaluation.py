@@ -137,9 +137,9 @@ def information_maximization(
     The entropy of the mean prediction minus the mean entropy of the predictions, in
     nats: from 0 to log C. It is large if each prediction is certain and all classes are
     predicted. To choose the scale of a DANN without a target label, train with each
-    scale and take the largest mean over a few seeds: of the criteria compared in
-    ``benchmarks/adaptation.py`` it lost least. It trusts that the classes are about as
-    frequent in the target as a certain classifier makes them.
+    scale and a few seeds. Of the scales that are not clearly worse than the one with
+    the largest mean, take the one nearest to 1, as ``examples/choose_scale.py`` does.
+    The classes must be about as frequent in the target as the predictions make them.
 
     Args:
       target_logits: The label logits of target examples, ``[..., C]``, floating:
