@@ -34,7 +34,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -183,19 +183,15 @@ def measure_ratios(
     return rows, failures
 
 
-def measure_steps(effort: Effort) -> tuple[list[Row], list[str]]:
+def measure_steps(effort: Effort) -> Iterator[tuple[list[Row], list[str]]]:
     """Times a training step with the layer, by hand and without."""
     models = {
         "small, MLP 64": mlp(jnp.float32, 64),
         "middle, conv + attention": conv_attention(jnp.float32),
         "large, MLP 2048": mlp(jnp.float32, 2048),
     }
-    rows, failures = [], []
     for name, model in tqdm([*models.items()][: effort.sizes], desc="steps"):
-        found, failed = measure_ratios(name, model, None, len(models), effort)
-        rows += found
-        failures += failed
-    return rows, failures
+        yield measure_ratios(name, model, None, len(models), effort)
 
 
 def measure_devices(effort: Effort) -> tuple[list[Row], list[str]]:
@@ -436,16 +432,12 @@ def measure_bandwidth(effort: Effort) -> tuple[list[Row], list[str]]:
     return rows, failures
 
 
-def measure_growth(effort: Effort) -> tuple[list[Row], list[str]]:
+def measure_growth(effort: Effort) -> Iterator[tuple[list[Row], list[str]]]:
     """Times over the number of elements, calls and leaves."""
     sizes = (1, 10, 100, 1000)[: effort.sizes + 1]
-    parts = (
-        measure_bandwidth(effort),
-        measure_programs("calls", chain, sizes, effort),
-        measure_programs("leaves", leaves, sizes, effort),
-    )
-    rows = [row for found, _ in parts for row in found]
-    return rows, [failure for _, failed in parts for failure in failed]
+    yield measure_bandwidth(effort)
+    yield measure_programs("calls", chain, sizes, effort)
+    yield measure_programs("leaves", leaves, sizes, effort)
 
 
 # Import.
@@ -486,12 +478,13 @@ def in_subprocess(section: str, effort: Effort) -> tuple[list[Row], list[str]]:
     return tuple(json.loads(done.stdout))
 
 
-MEASURES: dict[str, Callable[[Effort], tuple[list[Row], list[str]]]] = {
+# Each section gives its rows, and where the claim fails, in one part or several.
+MEASURES: dict[str, Callable[[Effort], Iterable[tuple[list[Row], list[str]]]]] = {
     "steps": measure_steps,
-    "calls": measure_calls,
+    "calls": lambda effort: [measure_calls(effort)],
     "growth": measure_growth,
-    "devices": lambda effort: in_subprocess("devices", effort),
-    "import": measure_import,
+    "devices": lambda effort: [in_subprocess("devices", effort)],
+    "import": lambda effort: [measure_import(effort)],
 }
 
 
@@ -511,12 +504,14 @@ def main() -> None:
     record = Record("timing", args.output, device=None if kind == "cpu" else kind)
     failures = []
     for section in args.only:
-        rows, failed = MEASURES[section](effort)
-        for row in rows:
-            record.add({"section": section} | row)
+        rows = []
+        for found, failed in MEASURES[section](effort):
+            for row in found:
+                record.add({"section": section} | row)
+            rows += found
+            failures += [] if args.quick else failed
         print(f"\n{section}")
         print_table(rows, list(dict.fromkeys(key for row in rows for key in row)))
-        failures += [] if args.quick else failed
     claim = None if args.quick else f"{', '.join(args.only)}."
     sys.exit(record.close(claim, failures))
 

@@ -253,7 +253,7 @@ def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
 # Where a scan hoists loop invariants, JAX before 0.12 drops a custom_jvp rule and keeps
 # what its function does, so that second derivatives would be reversed once, silently. A
 # custom_vjp rule is kept: reverse over reverse is right there, and forward over reverse
-# (hessian) raises. See test_trap_7_higher_order_through_scan.
+# (hessian) raises. See test_higher_order_through_scan.
 _SCAN_DROPS_CUSTOM_JVP = jax.__version_info__ < (0, 12)
 
 

@@ -37,7 +37,7 @@ def explicit_mesh():
 @pytest.mark.parametrize("x_spec", [P(), P("i")], ids=["x replicated", "x sharded"])
 @pytest.mark.parametrize("s_spec", [P(), P("i")], ids=["s replicated", "s sharded"])
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_trap_2_shard_map(auto_mesh, spelling, x_spec, s_spec, check_vma, jit):
+def test_shard_map(auto_mesh, spelling, x_spec, s_spec, check_vma, jit):
     reverse = SPELLINGS[spelling]
 
     def local(x, s):
@@ -59,7 +59,7 @@ def test_trap_2_shard_map(auto_mesh, spelling, x_spec, s_spec, check_vma, jit):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_trap_2_grad_inside_shard_map_and_second_order(auto_mesh, check_vma):
+def test_grad_inside_shard_map_and_second_order(auto_mesh, check_vma):
     def local(x, s):
         hessian = jax.hessian(lambda x: jnp.sin(gradient_reversal(x, s[0])))(x)
         return lax.psum(hessian, "i")
@@ -119,7 +119,7 @@ def test_data_parallel_adds_no_collective(auto_mesh, per_example):
     ],
     ids=["scalar", "sharded", "replicated", "column", "like x", "row"],
 )
-def test_trap_12_explicit_axes_that_agree(explicit_mesh, scale, spec, jit):
+def test_explicit_axes_that_agree(explicit_mesh, scale, spec, jit):
     def loss(x, scale):
         return jnp.sum(jnp.sin(gradient_reversal(x, scale)))
 
@@ -136,9 +136,7 @@ def test_trap_12_explicit_axes_that_agree(explicit_mesh, scale, spec, jit):
     "scale, spec, x_spec",
     [(S, P("i"), P()), (np.ones((8, 8), np.float32), P(None, "i"), P("i"))],
 )
-def test_trap_12_explicit_axes_that_disagree(
-    explicit_mesh, scale, spec, x_spec, traced
-):
+def test_explicit_axes_that_disagree(explicit_mesh, scale, spec, x_spec, traced):
     x = jax.device_put(np.ones((8, 8), np.float32), x_spec)
     s = jax.device_put(scale, spec)
     call = jax.jit(gradient_reversal) if traced else gradient_reversal

@@ -1,6 +1,7 @@
 """The forms of a scale: numbers, arrays, one for each example, prefixes, variables."""
 
 import fractions
+import functools
 import math
 
 import jax
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 
 from jaxgrl import gradient_reversal
 
-# 5. Per-example scales align on leading axes.
+# Per-example scales align on leading axes.
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ from jaxgrl import gradient_reversal
 )
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 @pytest.mark.parametrize("forward_mode", [False, True])
-def test_trap_5_alignment(scale_shape, x_shape, jit, forward_mode):
+def test_alignment(scale_shape, x_shape, jit, forward_mode):
     rng = np.random.default_rng(0)
     scale = rng.normal(size=scale_shape).astype(np.float32)
     x = rng.normal(size=x_shape).astype(np.float32)
@@ -49,7 +51,7 @@ def test_trap_5_alignment(scale_shape, x_shape, jit, forward_mode):
 
 
 @pytest.mark.parametrize("forward_mode", [False, True])
-def test_trap_5_the_residual_is_no_larger_than_the_scale(forward_mode):
+def test_the_residual_is_no_larger_than_the_scale(forward_mode):
     x = jnp.ones((64, 128), jnp.bfloat16)
 
     @jax.jit
@@ -84,7 +86,7 @@ def test_trap_5_the_residual_is_no_larger_than_the_scale(forward_mode):
     ],
 )
 @pytest.mark.parametrize("traced", [False, True])
-def test_trap_5_what_does_not_align_is_refused_at_the_call(
+def test_what_does_not_align_is_refused_at_the_call(
     scale_shape, x_shape, shown, traced
 ):
     x, scale = jnp.ones(x_shape), jnp.ones(scale_shape)
@@ -96,7 +98,7 @@ def test_trap_5_what_does_not_align_is_refused_at_the_call(
 # 13, 14. The forms of a scale.
 
 
-def test_trap_13_an_nnx_variable_is_a_scale():
+def test_an_nnx_variable_is_a_scale():
     x = jnp.ones((2, 3), jnp.float32)
 
     def grad(scale, x):
@@ -115,7 +117,7 @@ def test_trap_13_an_nnx_variable_is_a_scale():
     assert (jax.grad(prefix)(x) == -4.25).all()
 
 
-def test_trap_13_x_may_hold_variables():
+def test_x_may_hold_variables():
     def loss(tree):
         return jnp.sum(gradient_reversal(tree, 0.5)["a"][...] ** 2)
 
@@ -123,7 +125,7 @@ def test_trap_13_x_may_hold_variables():
     assert (grad["a"][...] == -1).all()
 
 
-def test_trap_13_x_that_stands_for_an_array():
+def test_x_that_stands_for_an_array():
     class Wrapped:
         def __init__(self, value):
             self.value = value
@@ -135,7 +137,7 @@ def test_trap_13_x_that_stands_for_an_array():
     assert (grad(jnp.ones(3, jnp.float32)) == -0.5).all()
 
 
-def test_trap_14_a_prefix_gives_each_subtree_its_scale():
+def test_a_prefix_gives_each_subtree_its_scale():
     def loss(tree, scale):
         return sum(
             jnp.sum(v**2) for v in jax.tree.leaves(gradient_reversal(tree, scale))
@@ -153,7 +155,7 @@ def test_trap_14_a_prefix_gives_each_subtree_its_scale():
     assert gradient_reversal([x, None], [0.5, None])[1] is None
 
 
-def test_trap_14_any_real_number_is_a_scale():
+def test_any_real_number_is_a_scale():
     for scale in (fractions.Fraction(1, 2), np.float64(0.5), np.float16(0.5)):
         grad = jax.grad(lambda x, s=scale: gradient_reversal(x, s))(1.0)
         assert grad == -0.5
@@ -170,14 +172,14 @@ BEYOND_FLOATS = {
 
 
 @pytest.mark.parametrize("scale", BEYOND_FLOATS.values(), ids=BEYOND_FLOATS)
-def test_trap_14_a_number_beyond_all_floats_is_refused_by_name(scale):
+def test_a_number_beyond_all_floats_is_refused_by_name(scale):
     x = [jnp.ones(3)]
     for call in (gradient_reversal, jax.jit(lambda x, s: gradient_reversal(x, scale))):
         with pytest.raises(ValueError, match="`scale` must fit into a float"):
             call(x, scale if call is gradient_reversal else 0)
 
 
-def test_trap_14_infinity_is_a_float():
+def test_infinity_is_a_float():
     for scale in (math.inf, np.longdouble("inf"), jnp.inf):
         assert jax.grad(lambda x, s=scale: gradient_reversal(x, s))(1.0) == -math.inf
 
@@ -214,14 +216,14 @@ def test_shapes_are_read_without_jnp_shape(monkeypatch):
     ],
     ids=repr,
 )
-def test_trap_14_what_is_no_scale_is_refused_by_name(scale, shown):
+def test_what_is_no_scale_is_refused_by_name(scale, shown):
     with pytest.raises(TypeError, match="`scale` must be a real number.*" + shown):
         gradient_reversal(jnp.ones(3), scale)
     with pytest.raises(TypeError, match="`scale` must be a real number"):
         jax.grad(lambda x: jnp.sum(gradient_reversal(x, scale)))(jnp.ones(3))
 
 
-def test_trap_14_a_traced_reference_is_no_scale():
+def test_a_traced_reference_is_no_scale():
     @jax.jit
     def f(x):
         return gradient_reversal(x, jax.new_ref(jnp.array(0.5, jnp.float32)))
@@ -232,14 +234,58 @@ def test_trap_14_a_traced_reference_is_no_scale():
         f(jnp.ones(3))
 
 
-def test_trap_14_none_is_refused_for_empty_trees_too():
+def test_none_is_refused_for_empty_trees_too():
     for x in (None, {}):
         with pytest.raises(TypeError, match=r"`scale` must be .*got None"):
             gradient_reversal(x, None)
 
 
-def test_trap_14_a_prefix_that_is_no_prefix():
+def test_a_prefix_that_is_no_prefix():
     x = {"a": jnp.ones(3), "b": jnp.ones(3)}
     for scale in ({"a": 1.0}, {"a": 1.0, "b": None}, {"a": 1.0, "c": 1.0}, [1.0, 2.0]):
         with pytest.raises(TypeError, match="pytree prefix of `x`"):
             gradient_reversal(x, scale)
+
+
+# The scale never receives a gradient, wherever it comes from.
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_the_scale_gets_no_gradient(forward_mode):
+    def loss(s, x):
+        reverse = functools.partial(gradient_reversal, forward_mode=forward_mode)
+        return jnp.sum(jax.vmap(lambda r: reverse(r, jnp.exp(s)) ** 2)(x)) + s
+
+    x = jnp.ones(3, jnp.float32)
+    assert jax.grad(loss)(0.5, x) == 1
+    assert jax.jit(jax.grad(loss))(0.5, x) == 1
+    assert jax.grad(jax.grad(loss))(0.5, x) == 0
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_forward_mode_over_the_scale_alone_is_zero(forward_mode):
+    @jax.jit
+    def tangent(x, s):
+        def f(s):
+            return gradient_reversal(x, s, forward_mode=forward_mode)
+
+        return jax.jvp(f, (s,), (jnp.ones_like(s),))[1]
+
+    x = jnp.ones((3, 2), jnp.float32)
+    assert not tangent(x, jnp.float32(2.0)).any()
+    assert not tangent(x, jnp.ones(3, jnp.float32)).any()
+
+
+def test_a_scale_from_a_closure_leaks_nothing():
+    def step(x, t):
+        scale = jnp.tanh(t)
+
+        def body(x, _):
+            reverse = jax.checkpoint(lambda x: gradient_reversal(x, scale) ** 2)
+            return x, jnp.sum(reverse(x))
+
+        return jnp.sum(lax.scan(body, x, None, length=2)[1])
+
+    with jax.checking_leaks():
+        grad = jax.jit(jax.grad(step))(jnp.ones(3, jnp.float32), jnp.float32(1.0))
+    np.testing.assert_allclose(grad, -4 * np.tanh(1.0) * np.ones(3), rtol=1e-6)

@@ -17,7 +17,7 @@ SCALE_DTYPES = ("float32", "bfloat16", "float16", "int32", "bool", "uint8")
 
 @pytest.mark.parametrize("scale_dtype", [None, *SCALE_DTYPES])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_trap_3_the_gradient_has_the_dtype_of_x(dtype, scale_dtype):
+def test_the_gradient_has_the_dtype_of_x(dtype, scale_dtype):
     values = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
     x = jnp.asarray(values).astype(dtype)
     scale = 1.0 if scale_dtype is None else jnp.ones((), scale_dtype)
@@ -32,7 +32,7 @@ def test_trap_3_the_gradient_has_the_dtype_of_x(dtype, scale_dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
-def test_trap_3_double_precision(dtype):
+def test_double_precision(dtype):
     with jax.enable_x64(True):
         x = jnp.array([1.0, 1 / 3], dtype)
         for scale in (0.1, jnp.array(0.1, jnp.float64)):
@@ -41,7 +41,7 @@ def test_trap_3_double_precision(dtype):
             np.testing.assert_allclose(x_ct, -0.1 * np.asarray(x), rtol=1e-15)
 
 
-def test_trap_3_a_float64_scale_is_not_rounded_before_it_is_multiplied():
+def test_a_float64_scale_is_not_rounded_before_it_is_multiplied():
     with jax.enable_x64(True):
         ct = np.random.default_rng(0).normal(size=1000).astype(np.float32)
         scale = np.array(np.pi)
@@ -50,7 +50,7 @@ def test_trap_3_a_float64_scale_is_not_rounded_before_it_is_multiplied():
         assert (x_ct != -np.float32(np.pi) * ct).any()
 
 
-def test_trap_3_a_python_number_does_not_widen_the_product():
+def test_a_python_number_does_not_widen_the_product():
     with jax.enable_x64(True):
         x = jnp.ones(3, jnp.float32)
         f = jax.grad(lambda x: jnp.sum(gradient_reversal(x, 0.1) ** 2))
@@ -61,7 +61,7 @@ def test_trap_3_a_python_number_does_not_widen_the_product():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["python", "traced", "per example"])
-def test_trap_3_low_precision_is_rounded_once_and_unbiased(dtype, kind):
+def test_low_precision_is_rounded_once_and_unbiased(dtype, kind):
     rng = np.random.default_rng(0)
     ct = jnp.asarray(rng.uniform(1, 2, 100_000).astype(np.float32)).astype(dtype)
     scale = {"python": 0.3, "traced": jnp.float32(0.3)}.get(kind)
@@ -77,7 +77,7 @@ def test_trap_3_low_precision_is_rounded_once_and_unbiased(dtype, kind):
     assert abs(bias) < 2e-5  # a bfloat16 scale would be off by 2.6e-3
 
 
-def test_trap_3_features_that_feed_another_head_too():
+def test_features_that_feed_another_head_too():
     x = jnp.ones(3, jnp.bfloat16)
 
     def loss(x, scale):
@@ -87,13 +87,13 @@ def test_trap_3_features_that_feed_another_head_too():
     assert grad.dtype == jnp.bfloat16 and (grad == 1.5).all()
 
 
-def test_trap_3_complex_gradients_keep_their_infinities():
+def test_complex_gradients_keep_their_infinities():
     ct = jnp.array([complex(np.inf, 1.0)], jnp.complex64)
     (x_ct,) = jax.vjp(lambda x: gradient_reversal(x, 2.0), ct)[1](ct)
     assert x_ct[0].real == -np.inf and x_ct[0].imag == -2.0
 
 
-def test_trap_15_a_float_without_a_sign_is_refused():
+def test_a_float_without_a_sign_is_refused():
     x = jnp.ones(3, jnp.float8_e8m0fnu)
     for call in (gradient_reversal, jax.jit(gradient_reversal)):
         with pytest.raises(TypeError, match=r"`x` must .*float8_e8m0fnu.*no sign"):
