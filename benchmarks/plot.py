@@ -1,6 +1,7 @@
 """Draws the pictures of the benchmarks from the saved results.
 
-It also prints the table of the devices that programs were compiled for.
+It also prints the tables of the devices that programs were compiled for, and of the
+trainings on every machine.
 
     python benchmarks/plot.py                   # from and to benchmarks/results
     python benchmarks/plot.py --results FOLDER
@@ -9,6 +10,7 @@ For each benchmark it draws the newest complete file. Needs matplotlib.
 """
 
 import argparse
+import itertools
 import pathlib
 import textwrap
 from collections import Counter
@@ -22,10 +24,11 @@ from parts.counts import FORWARD
 from parts.pictures import BLUE as GOOD
 from parts.pictures import GREY, INK, PURPLE
 from parts.pictures import ORANGE as WORSE
-from parts.results import newest, whole
+from parts.results import newest, saved, whole
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 LAYERS = ("jaxgrl", "five lines", "stop_gradient trick", "optax.scale_gradient")
+SHARES = ("jaxgrl + NNX", "PyTorch eager")
 EXAMPLE = ("conv + attention", "bfloat16", "per example")
 
 
@@ -81,10 +84,56 @@ def print_overheads(folder: pathlib.Path) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
+def print_trainings(folder: pathlib.Path) -> None:
+    """Prints the trainings and the sweeps of every machine, as Markdown.
+
+    The first row has its speed or its seconds, the others their ratio to it.
+    """
+    found = saved(folder, "training")
+    for what, size in itertools.product(
+        ("training", "sweep"), ("small", "middle", "large")
+    ):
+        columns: dict[str, dict[str, str]] = {}
+        for data in found:
+            rows = [row for row in data["rows"] if "ratio" in row]
+            rows = [row for row in rows if (row["what"], row["size"]) == (what, size)]
+            if rows:
+                columns[machine_name(data)] = training_cells(rows)
+        if not columns:
+            continue
+        print(f"\n| {what}, {size} | {' | '.join(columns)} |")
+        print("| --- " * (len(columns) + 1) + "|")
+        for name in dict.fromkeys(name for own in columns.values() for name in own):
+            cells = [own.get(name, "") for own in columns.values()]
+            print(f"| {name} | {' | '.join(cells)} |")
+
+
+def training_cells(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Returns what a column of the table says, by trainer, and two shares."""
+    first = rows[0]
+    speed = f"{first['steps/s']:,.0f} steps/s" if "steps/s" in first else ""
+    cells = {first["trainer"]: speed or f"{first['sweep s']:.2g} s"}
+    cells |= {r["trainer"]: f"{r['ratio']:.2f} {r['interval']}" for r in rows[1:]}
+    for row in rows:
+        if row["trainer"] in SHARES and "share" in row:
+            text = f"share of plain products, {row['trainer']}"
+            cells[text] = f"{row['share']:.2f} {row['its interval']}"
+    return cells
+
+
+def machine_name(data: dict[str, Any]) -> str:
+    """Returns the GPU, or the processor, as the documents name it."""
+    machine = data["machine"]
+    if machine["device"] != "cpu":
+        return device_name(data)
+    return machine["processor"].replace("(R)", "").replace(" Processor", "")
+
+
 def device_name(data: dict[str, Any]) -> str:
     """Returns the device of some results as the documents name it."""
     name = data["machine"]["device"].removesuffix(" compiled")
     name = name.replace("tpu tpu", "TPU ").replace("tpu", "TPU")
+    name = name.removeprefix("NVIDIA ")
     return name if name.startswith("TPU") else name.upper()
 
 
@@ -287,6 +336,7 @@ def main() -> None:
         if data:
             DRAW[name](data, folder / f"{name}.png")
     print_overheads(folder)
+    print_trainings(folder)
 
 
 if __name__ == "__main__":

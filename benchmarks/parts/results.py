@@ -62,8 +62,13 @@ def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
 
 def whole(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
     """Returns the complete results of a benchmark, quick runs aside, by file name."""
+    return [d for d in saved(folder, name) if d["complete"]]
+
+
+def saved(folder: pathlib.Path, name: str) -> list[dict[str, Any]]:
+    """Returns all results of a benchmark, quick runs aside, by file name."""
     found = [read(path) for path in sorted(folder.glob(f"{name}-*.json"))]
-    return [d for d in found if d["complete"] and "--quick" not in d["command"]]
+    return [data for data in found if "--quick" not in data["command"]]
 
 
 def rounded(value: Any) -> Any:

