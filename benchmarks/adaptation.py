@@ -25,7 +25,7 @@ Three rules choose a scale, over all 27 rows:
     InfoMax                the best mean of InfoMax over the seeds
     InfoMax, nearest to 1  among the scales that are not clearly worse than that, by one
                            standard error of the difference paired by seed, the one
-                           nearest to 1; parts/criteria.py has the definition
+                           nearest to 1; support/choice.py has the definition
     always 1               the paper's
 
 The claims: DANN or CDAN is above source only, with a 95 % interval clear of zero, on at
@@ -59,6 +59,8 @@ import numpy as np
 from flax import nnx
 from parts import criteria, report, results, tasks
 from parts.intervals import mean_interval
+from support.choice import nearest_to_one
+from support.images import read_digits
 from tqdm import tqdm
 
 import jaxgrl
@@ -76,7 +78,7 @@ METHODS = (
 CRITERIA = ("InfoMax", "centroid agreement", "reverse validation", "source accuracy")
 # Each rule that chooses: its criterion, and how it reads the scores.
 RULES = {name: (name, criteria.best) for name in CRITERIA} | {
-    "InfoMax, nearest to 1": ("InfoMax", criteria.nearest_to_one)
+    "InfoMax, nearest to 1": ("InfoMax", nearest_to_one)
 }
 DEFAULT = "InfoMax, nearest to 1"
 CLAIM = {"mean": 2.0, "worst": 5.0}  # what the default may lose, in points
@@ -367,6 +369,8 @@ def parse_args() -> Any:
     ):
         if path is not None and not path.is_file():
             parser.error(f"--{option} must be a file, got {path}")
+    if args.data:
+        read_digits(args.data, parser.error)  # a wrong file, before the first training
     args.joined = []
     if args.other:
         try:

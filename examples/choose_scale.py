@@ -3,7 +3,8 @@
 Every scale of a grid, with every seed, is trained in one vmapped, jitted program: the
 scale is data, so it can be mapped like any other array. InfoMax judges each run from
 its target predictions: are they certain, and are all the classes used? Among the scales
-that are not clearly worse than the best one, the rule takes the scale nearest to 1.
+that are not clearly worse than the best one, the rule (support/choice.py) takes the
+scale nearest to 1.
 
     python examples/choose_scale.py
 
@@ -20,6 +21,7 @@ import numpy as np
 import optax
 from dann_digits import make_data, make_model, make_training
 from flax import nnx
+from support.choice import nearest_to_one
 from support.pictures import draw_choice
 from support.run import Run, make_parser, parse
 
@@ -28,38 +30,7 @@ import jaxgrl
 SCALES = (0.0, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 
-# 1. The rule. Of those that benchmarks/adaptation.py compares, it loses least at worst.
-def choose(scales, scores):
-    """Returns the index of the scale nearest to 1 that is no clearly worse than best.
-
-    A scale is *not clearly worse* if its mean difference to the best scale, paired by
-    seed, is at most one standard error of that mean. Near is meant on a logarithmic
-    scale, so 0 is farthest. Of two equally near, the one with the better mean wins.
-
-    Args:
-      scales: The grid.
-      scores: InfoMax, ``[scales, seeds]``, with the same seeds in every row, and two or
-        more. A scale with a score that is not finite is out.
-
-    Raises:
-      ValueError: If every scale is out, or there is one seed only.
-    """
-    scores = np.where(np.isfinite(scores), scores, np.nan).astype(np.float64)
-    count = scores.shape[1]
-    if count < 2:
-        raise ValueError(f"scores must be of 2 or more seeds, got {count}")
-    means = scores.mean(axis=1)
-    if np.isnan(means).all():
-        raise ValueError("every scale diverged; lower the learning rate")
-    lost = scores[np.nanargmax(means)] - scores
-    error = lost.std(axis=1, ddof=1) / np.sqrt(count)
-    close = np.flatnonzero(lost.mean(axis=1) <= error)
-    with np.errstate(divide="ignore"):
-        distance = np.abs(np.log(scales))
-    return int(min(close, key=lambda i: (distance[i], -means[i])))
-
-
-# 2. One run, trained like those of dann_digits.py and judged without target labels.
+# 1. One run, trained like those of dann_digits.py and judged without target labels.
 def run_one(scale, key, data, steps):
     """Returns InfoMax and the true target accuracy of one run."""
     rate = jaxgrl.dann_learning_rate(0.01, transition_steps=steps)
@@ -121,7 +92,7 @@ def main():
         grid = {name: np.asarray(values) for name, values in grid.items()}
         run.results["grid"] = {k: v.tolist() for k, v in grid.items()}
         try:
-            chosen = choose(args.scales, grid["InfoMax"])
+            chosen = nearest_to_one(args.scales, grid["InfoMax"])
         except ValueError as error:
             sys.exit(f"No scale can be chosen: {error}")
         run.results["chosen"] = args.scales[chosen]

@@ -1,4 +1,4 @@
-"""Criteria that judge a run without target labels, and rules that choose by them.
+"""Criteria that judge a run without target labels, and the choice of the best.
 
 The third criterion, InfoMax, is ``jaxgrl.information_maximization``. Whatever is not
 finite makes a criterion nan, so that a run that diverged is never chosen.
@@ -83,38 +83,3 @@ def best(scales: Sequence[float], scores: Any) -> int:
     if not kept:
         raise ValueError("every scale diverged; lower the learning rate")
     return max(kept, key=lambda i: means[i])
-
-
-def nearest_to_one(scales: Sequence[float], scores: Any) -> int:
-    """Returns the index of the scale nearest to 1 that is no clearly worse than best.
-
-    A scale is *not clearly worse* if its mean difference to the best scale, paired by
-    seed, is at most one standard error of that mean (the deviation of the differences,
-    with n - 1, over the root of n). Near is meant on a logarithmic scale, so that 0 is
-    farthest. Of two equally near, the one with the better mean wins, then the first.
-
-    Args:
-      scales: The grid.
-      scores: The criterion, ``[scales, seeds]``, with the same seeds in every row, and
-        two or more. A scale with a score that is not finite is out.
-
-    Raises:
-      ValueError: If every scale is out, or there is one seed only.
-    """
-    scores = np.asarray(scores, np.float64)
-    count = scores.shape[1]
-    if count < 2:
-        raise ValueError(f"scores must be of 2 or more seeds, got {count}")
-    top = best(scales, scores)
-
-    def close(i: int) -> bool:
-        if not np.isfinite(scores[i]).all():
-            return False
-        lost = scores[top] - scores[i]
-        return bool(np.mean(lost) <= np.std(lost, ddof=1) / np.sqrt(count))
-
-    def far(i: int) -> tuple[float, float]:
-        with np.errstate(divide="ignore"):
-            return float(np.abs(np.log(scales[i]))), -float(np.mean(scores[i]))
-
-    return min(filter(close, range(len(scales))), key=far)

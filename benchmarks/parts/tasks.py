@@ -9,16 +9,16 @@ score and do nothing else.
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import scipy.ndimage
 import sklearn.datasets
 from flax import nnx
+from support.images import make_cnn, read_digits, warped
 
 import jaxgrl
 from jaxgrl.nnx import DANN
@@ -105,76 +105,10 @@ def mlp(
     )
 
 
-class Convolution(nnx.Module):
-    """A convolution of 3 x 3, as one product with the shifted images side by side.
-
-    The same as nnx.Conv. In a scan on the CPU nnx.Conv took 17 times as long.
-    """
-
-    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(9 * inputs, outputs, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [batch, height, width, inputs] to [batch, height, width, outputs]."""
-        height, width = x.shape[1:3]
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifted = [
-            x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)
-        ]
-        return self.linear(jnp.concatenate(shifted, axis=-1))
-
-
-def pool(x: jax.Array) -> jax.Array:
-    """Returns the maximum of each square of 2 x 2."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-    return jnp.max(x, axis=(2, 4))
-
-
 def cnn(rngs: nnx.Rngs, domains: int, condition: Any = None) -> DANN:
-    """Returns a DANN for images of 16 x 16: two convolutions and a dense layer."""
+    """Returns a DANN for images of 16 x 16."""
     del domains  # two
-    features = nnx.Sequential(
-        Convolution(1, 16, rngs),
-        nnx.relu,
-        pool,
-        Convolution(16, 32, rngs),
-        nnx.relu,
-        pool,
-        lambda x: x.reshape(len(x), 4 * 4 * 32),
-        nnx.Linear(4 * 4 * 32, 128, rngs=rngs),
-        nnx.relu,
-    )
-    seen = 128 * (10 if condition else 1)
-    discriminator = nnx.Sequential(
-        nnx.Linear(seen, 256, rngs=rngs), nnx.relu, nnx.Linear(256, 1, rngs=rngs)
-    )
-    return DANN(
-        features, nnx.Linear(128, 10, rngs=rngs), discriminator, condition=condition
-    )
-
-
-def warped(key: Any, images: Any) -> Any:
-    """Returns images, each with contrast 1; from a key, moved a little as well.
-
-    By up to a pixel, 10 degrees and a tenth of the size: no label is needed for that.
-    """
-    mean = jnp.mean(images, axis=(1, 2, 3), keepdims=True)
-    images = (images - mean) / (jnp.std(images, axis=(1, 2, 3), keepdims=True) + 1e-3)
-    if key is None:
-        return images
-    shape = 5, len(images), 1, 1
-    turn, wide, high, right, down = jax.random.uniform(key, shape, minval=-1.0)
-    cos, sin = jnp.cos(turn * jnp.pi / 18), jnp.sin(turn * jnp.pi / 18)
-    y, x = (grid[None] for grid in jnp.mgrid[-7.5:8:1, -7.5:8:1])
-    places = [
-        (sin * x + cos * y) * jnp.exp(high / 10) + down + 7.5,
-        (cos * x - sin * y) * jnp.exp(wide / 10) + right + 7.5,
-    ]
-    move = functools.partial(jax.scipy.ndimage.map_coordinates, order=1, mode="nearest")
-    return jax.vmap(lambda image, *at: move(image, at))(images[..., 0], *places)[
-        ..., None
-    ]
+    return make_cnn(rngs, condition)
 
 
 def split(seed: int, count: int, *sizes: int) -> list[np.ndarray]:
@@ -268,14 +202,7 @@ def cells(seed: int) -> Data:
 @functools.cache
 def load_mnist_usps(path: pathlib.Path) -> dict[str, Pair]:
     """Returns the images [n, 16, 16, 1] and labels of MNIST_vs_USPS.mat."""
-    import h5py
-
-    def pair(file: Any, letter: str) -> Pair:
-        images = file[f"X{letter}"][:].astype(np.float32).reshape(-1, 16, 16, 1)
-        return images, file[f"Y{letter}"][0].astype(np.int64) - 1
-
-    with h5py.File(path) as file:
-        return {"MNIST": pair(file, "s"), "USPS": pair(file, "t")}
+    return read_digits(path, sys.exit)
 
 
 def mnist_usps(seed: int, path: pathlib.Path | None, source: str, target: str) -> Data:
@@ -358,7 +285,7 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
             sgd(0.03),
             steps=1500,
             seeds=5,
-            prepare=warped,
+            prepare=lambda key, x: x if key is None else warped(x, key),
             from_file=True,
             reported=f"{reported[source]} {paper}",
             remark=transductive,

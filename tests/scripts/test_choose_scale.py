@@ -16,38 +16,26 @@ def example():
     return load(SCRIPT)
 
 
-def test_the_example_and_the_benchmark_have_the_same_rule(example):
-    rule = load("benchmarks/parts/criteria.py").nearest_to_one
-    rng = np.random.default_rng(1)
-    scales = [0.0, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
-    for _ in range(200):
-        # Rounded, so that equal means and equally near scales occur.
-        scores = rng.normal(size=(7, 1)) / 2 + rng.normal(size=(7, 3)).round()
-        if rng.random() < 0.3:
-            scores[rng.integers(7), rng.integers(3)] = rng.choice([np.nan, -np.inf])
-        assert example.choose(scales, scores) == rule(scales, scores)
-
-
 def test_of_scales_not_clearly_worse_the_nearest_to_one_is_chosen(example):
     scales = [0.0, 0.1, 1.0, 3.0]
     best = [5.0, 7.0, 9.0]
     close = [5.0, 7.0, 8.0]  # loses 1/3 ± 1/3
     worse = [4.0, 6.0, 8.0]  # loses 1 with every seed
-    assert example.choose(scales, [worse, best, close, close]) == 2
-    assert example.choose(scales, [close, best, worse, close]) == 3
-    assert example.choose(scales, [close, best, worse, worse]) == 1
-    assert example.choose([0.5, 2.0], [best, best]) == 0
-    assert example.choose([0.5, 2.0], [close, best]) == 1
+    assert example.nearest_to_one(scales, [worse, best, close, close]) == 2
+    assert example.nearest_to_one(scales, [close, best, worse, close]) == 3
+    assert example.nearest_to_one(scales, [close, best, worse, worse]) == 1
+    assert example.nearest_to_one([0.5, 2.0], [best, best]) == 0
+    assert example.nearest_to_one([0.5, 2.0], [close, best]) == 1
 
 
 def test_one_run_that_diverged_takes_its_scale_out(example):
     scales = [0.3, 1.0, 3.0]
     scores = np.array([[1.0, 1.0], [9.0, np.nan], [2.0, 2.0]])
-    assert example.choose(scales, scores) == 2
+    assert example.nearest_to_one(scales, scores) == 2
     with pytest.raises(ValueError, match="every scale diverged"):
-        example.choose(scales, np.full((3, 2), np.nan))
+        example.nearest_to_one(scales, np.full((3, 2), np.nan))
     with pytest.raises(ValueError, match="2 or more seeds, got 1"):
-        example.choose(scales, np.ones((3, 1)))
+        example.nearest_to_one(scales, np.ones((3, 1)))
 
 
 @pytest.mark.slow
@@ -63,7 +51,7 @@ def test_a_short_run_shows_the_grid_its_choice_and_what_diverged(tmp_path, examp
     assert np.isnan([values[2] for values in grid.values()]).all()
     assert (grid["InfoMax"][:2] < math.log(10)).all()
     assert (grid["target accuracy"][:2] > 0.15).all()  # chance is 0.1
-    index = example.choose(results["arguments"]["scales"], grid["InfoMax"])
+    index = example.nearest_to_one(results["arguments"]["scales"], grid["InfoMax"])
     assert results["chosen"] == results["arguments"]["scales"][index]
 
 
