@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import optax
-import scipy.ndimage
 import sklearn.datasets
 from flax import nnx
 from support.images import make_cnn, read_digits, warped
 
 import jaxgrl
 from jaxgrl.nnx import DANN
+from parts.digits import rotated
 
 Pair = tuple[np.ndarray, np.ndarray]  # inputs and labels
 Data = dict[str, Any]
@@ -132,30 +132,24 @@ def digits(
     seed: int, sources: tuple[float, ...] = (0.0,), targets: tuple[float, ...] = (25.0,)
 ) -> Data:
     """Returns scikit-learn's digits, rotated by these degrees, disjoint throughout."""
-    images, labels = sklearn.datasets.load_digits(return_X_y=True)
-    images = (images / 16).astype(np.float32).reshape(-1, 8, 8)
 
-    def rotated(angle: float, index: np.ndarray) -> Pair:
-        turned = scipy.ndimage.rotate(
-            images[index], angle, (2, 1), reshape=False, order=1
-        )
-        return turned.reshape(-1, 64), labels[index]
+    def of(angle: float, index: np.ndarray) -> Pair:
+        return pick(rotated(angle), index)
 
-    train, valid, target, test = split(seed, len(images), 520, 130, 650)
+    train, valid, target, test = split(seed, len(rotated(0.0)[1]), 520, 130, 650)
     source_parts = np.array_split(train, len(sources))
     target_parts = np.array_split(target, max(1, len(targets)))
     size = min(map(len, source_parts))
     return {
         "labelled": [
-            rotated(a, part[:size])
-            for a, part in zip(sources, source_parts, strict=True)
+            of(a, part[:size]) for a, part in zip(sources, source_parts, strict=True)
         ],
         "unlabelled": [
-            rotated(a, part[: len(target_parts[-1])])
+            of(a, part[: len(target_parts[-1])])
             for a, part in zip(targets, target_parts, strict=True)
         ],
-        "valid": joined([rotated(a, valid) for a in sources]),
-        "test": joined([rotated(a, test) for a in targets]),
+        "valid": joined([of(a, valid) for a in sources]),
+        "test": joined([of(a, test) for a in targets]),
     }
 
 
