@@ -20,9 +20,8 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     ``out[..., c * F + f] = probabilities[..., c] * features[..., f]``
 
-    CDAN's discriminator sees it, so that it can tell domains apart within each class.
-    Pass it to ``jaxgrl.nnx.DANN(..., condition=multilinear_map)``. Outside ``DANN`` put
-    ``jax.lax.stop_gradient`` around the probabilities.
+    With it CDAN's discriminator can tell domains apart within each class. Pass it as
+    ``condition=`` to a ``DANN``. By hand, stop the gradient of the probabilities.
 
     Args:
       features: ``[..., F]``, floating.
@@ -120,13 +119,11 @@ def entropy_weights(
         a prediction per pixel.
       domains: The domain of each row, integer or bool, 0 to K - 1, with the leading
         axes of ``label_logits``, of their sizes or 1; None if all are of one.
-      num_domains: K, 2 or more.
-      where: Which rows count, bool, with the axes of ``domains``; all of them if None.
-        Masked rows may hold anything.
+      num_domains: As in ``domain_loss``.
+      where: As in ``domain_loss``.
       axis_name: As in ``domain_loss``. The means are then over all devices.
-      activation: ``jax.nn.softmax`` for one of C classes, or ``jax.nn.sigmoid`` for C
-        independent labels, whose entropies add. A binary head is a sigmoid of
-        ``[..., 1]``.
+      activation: ``jax.nn.softmax`` for one of C classes; ``jax.nn.sigmoid`` for C
+        independent labels, whose entropies add, and for a binary head ``[..., 1]``.
 
     Returns:
       The leading axes of ``label_logits``, float32 or wider, with mean 1 over the
@@ -134,9 +131,7 @@ def entropy_weights(
       traced domain out of range has nan. No gradient passes.
 
     Raises:
-      ValueError: If the shapes do not fit, a concrete domain is out of range, or
-        ``activation`` is another.
-      TypeError: If a dtype does not fit.
+      TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

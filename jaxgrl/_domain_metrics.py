@@ -25,17 +25,17 @@ def domain_weights(
     """Returns each row's weight in a sum that is balanced over the domains.
 
     ``1 / (D * n_d)`` for a row of domain d, with n_d the rows of that domain and D the
-    number of domains that have rows. They sum to 1 and balance any loss per row, such
+    number of domains that have rows. They sum to 1, and balance any loss per row, such
     as the hinge ``jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))``. With the
-    weights of the whole batch, the losses and gradients of its micro-batches (or single
-    examples) add up to those of the batch.
+    weights of the whole batch, losses and gradients of micro-batches or examples add up
+    to those of the batch.
 
     Args:
       domains: The domain of each row, integer or bool, of any shape: 0 for the source
         and 1 for the target, or 0 to K - 1.
       num_domains: K, 2 or more.
       where: Which rows count, bool, with as many axes as ``domains``, against which it
-        broadcasts; all if None. Masked domains may be anything.
+        broadcasts; all if None.
       axis_name: As in ``domain_loss``. The weights of all devices sum to 1.
 
     Returns:
@@ -103,8 +103,8 @@ def domain_loss(
       (an empty or a fully masked batch). A traced domain out of range gives nan.
 
     Raises:
-      ValueError: If the shapes do not fit, or a domain that is not traced is out of
-        range.
+      ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
+        ``domains`` is read for that.
       TypeError: If a dtype does not fit.
 
     Example:
@@ -147,8 +147,8 @@ def domain_accuracy(
       domains: The domain of each row.
       num_domains: K, 2 or more.
       where: Which rows count.
-      axis_name: The mapped axis that splits the batch. ``jax.lax.pmean`` of what the
-        devices return is the accuracy of the whole batch.
+      axis_name: The mapped axis. ``jax.lax.pmean`` of the accuracies is that of the
+        whole batch.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts (an empty or a fully masked

@@ -27,10 +27,10 @@ def check_classes(
     shape = getattr(logits, "shape", ())
     if len(shape) < least_ndim or shape[-1] < least:
         raise ValueError(
-            f"`{name}` must be [batch, ..., C] with C {least} or more for jax.nn."
-            f"{activation.__name__}, got shape {jax.tree.map(jnp.shape, logits)}. For a "
-            "binary head use `activation=jax.nn.sigmoid` and shape [batch, ..., 1]. "
-            f"{otherwise}"
+            f"`{name}` must be [batch, ..., C] with C {least} or more for "
+            f"jax.nn.{activation.__name__}, got shape "
+            f"{jax.tree.map(jnp.shape, logits)}. For a binary head use "
+            f"`activation=jax.nn.sigmoid` and shape [batch, ..., 1]. {otherwise}"
         )
 
 

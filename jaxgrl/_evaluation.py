@@ -47,8 +47,7 @@ def proxy_a_distance(
     Raises:
       ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).
       TypeError: If features are complex, strings or objects.
-      ValueError: If a shape, a value that is not finite and below 1e150, or ``folds``
-        breaks its rule.
+      ValueError: If ``folds``, a shape or a value (1e150 and more too) does not fit.
 
     Example:
       >>> import jaxgrl, numpy as np
@@ -127,19 +126,18 @@ def information_maximization(
 
     The entropy of the mean prediction minus the mean entropy of the predictions, in
     nats: from 0 to log C. It is large if each prediction is certain and all classes are
-    predicted. It helps to choose the scale of a DANN without a target label, as
-    ``examples/choose_scale.py`` does: train with each scale and a few seeds, and of the
-    scales that are not clearly worse than the best take the one nearest to 1. The
-    classes must be about as frequent in the target as the predictions make them.
+    predicted. To choose the scale of a DANN without a target label, train with each
+    scale and a few seeds. Of the scales that are not clearly worse than the best, take
+    the one nearest to 1. The classes must be about as frequent in the target as the
+    predictions make them.
 
     Args:
       target_logits: The label logits of target examples, ``[..., C]``, floating:
         ``[batch, C]``, or ``[batch, H, W, C]`` for a prediction per pixel.
       where: Which rows count, bool, with the leading axes of ``target_logits``, of
         their sizes or 1; all of them if None. Masked rows may hold anything.
-      activation: ``jax.nn.softmax`` for one of C classes, or ``jax.nn.sigmoid`` for C
-        independent labels: from 0 to C log 2, the sum over the labels. A binary head is
-        a sigmoid of ``[..., 1]``.
+      activation: ``jax.nn.softmax`` for one of C classes; ``jax.nn.sigmoid`` for C
+        independent labels, whose sum it returns, and for a binary head ``[..., 1]``.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not

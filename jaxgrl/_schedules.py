@@ -43,8 +43,7 @@ def dann_schedule(
       the same shape, float32 or wider.
 
     Raises:
-      ValueError: If an argument breaks its rule.
-      TypeError: If an argument is not a number.
+      TypeError, ValueError: If an argument is no number, or breaks its rule.
 
     Example:
       >>> import jaxgrl
@@ -78,14 +77,11 @@ def dann_learning_rate(
 ) -> optax.Schedule:
     """Returns the learning rate schedule of DANN, which decays from ``init_value``.
 
-    With ``p = clip(step / transition_steps, 0, 1)``::
-
-        learning_rate = init_value / (1 + alpha * p) ** beta
+    ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
 
     Args:
-      init_value: Rate at the start, a number or a scalar array, which may be traced;
-        0.01 in the paper.
-      transition_steps: Steps from start to end, usually the whole training; 1 or more.
+      init_value: Rate at the start, as in ``dann_schedule``; 0.01 in the paper.
+      transition_steps: As in ``dann_schedule``.
       alpha: How far it decays, 0 or more; 10 in the paper.
       beta: Exponent of the decay, 0 or more; 0.75 in the paper.
 
