@@ -24,7 +24,7 @@ def check_classes(
             f"{activation!r}. {otherwise}"
         )
     least = 2 if activation is jax.nn.softmax else 1
-    shape = getattr(logits, "shape", ())
+    shape: Any = getattr(logits, "shape", ())
     if len(shape) < least_ndim or shape[-1] < least:
         raise ValueError(
             f"`{name}` must be [batch, ..., C] with C {least} or more for "

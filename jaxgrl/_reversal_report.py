@@ -284,7 +284,8 @@ class _Loss:
             grads, terms = jax.tree.map(_on_host, pair)
             self.other = self.other or [g[OPEN] for g in grads.values()]
             products = np.stack(list(map(_products, grads.values(), self.other)))
-            self.results[key] = _Result(*(term[0] for term in terms), products)
+            label, domain, logits = (term[0] for term in terms)
+            self.results[key] = _Result(label, domain, logits, products)
         return self.results[key]
 
     def anywhere(self, weights: Any, row: int, sure: np.ndarray) -> np.ndarray:

@@ -65,8 +65,9 @@ class DANN(nnx.Module):
                                 +-> gradient_reversal -> domain_discriminator
                                                             -> domain_logits
 
-    Features may be any pytree and outputs have any shape. Under ``jit`` a discriminator
-    whose logits you do not use, as in evaluation, costs nothing.
+    Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
+    the domain logits to the label loss. Under ``jit`` a discriminator whose logits you
+    do not use costs nothing.
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish.
