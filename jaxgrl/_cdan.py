@@ -20,12 +20,8 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     ``out[..., c * F + f] = probabilities[..., c] * features[..., f]``
 
-    What the discriminator of CDAN sees, so that it can tell domains apart within each
-    class. Pass it to ``jaxgrl.nnx.DANN(..., condition=multilinear_map)``, or by hand::
-
-        probabilities = jax.lax.stop_gradient(jax.nn.softmax(label_logits))
-        joint = multilinear_map(features, probabilities)
-        domain_logits = discriminator(gradient_reversal(joint, scale))
+    With it CDAN's discriminator can tell domains apart within each class. Pass it as
+    ``condition=`` to a ``DANN``. By hand, stop the gradient of the probabilities.
 
     Args:
       features: ``[..., F]``, floating.
@@ -40,67 +36,17 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
       ValueError: If their leading axes differ, or one has no axis.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import multilinear_map
-      >>> features = jnp.array([[1.0, 2.0, 3.0]])
-      >>> print(multilinear_map(features, jnp.array([[0.5, 0.5]])))
-      [[0.5 1.  1.5 0.5 1.  1.5]]
+      >>> import jaxgrl, jax.numpy as jnp
+      >>> print(jaxgrl.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5])))
+      [0.5 1.  0.5 1. ]
 
     References:
-      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018,
-      https://arxiv.org/abs/1705.10667
+      Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
     """
     f, p, dtype = _checked(features, probabilities)
     joint = p[..., :, None] * f[..., None, :]
     # Not -1, which an empty batch leaves undecided.
     return joint.reshape(*f.shape[:-1], p.shape[-1] * f.shape[-1]).astype(dtype)
-
-
-def multilinear_matrices(
-    key: jax.Array, num_features: int, num_classes: int, output_dim: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the two random matrices of ``randomized_multilinear_map``.
-
-    Draw them once and keep them: they are part of the model, and a checkpoint without
-    them is worth nothing. In NNX ``self.matrices = nnx.Variable(matrices)`` does that,
-    in Linen a variable of a collection of its own; neither is trained.
-
-    Args:
-      key: A PRNG key.
-      num_features: F, the last axis of the features.
-      num_classes: C, the last axis of the probabilities.
-      output_dim: D, the size of the map's output; 1024 in the paper.
-
-    Returns:
-      ``[F, D]`` and ``[C, D]``, float32, independent standard normal.
-
-    Raises:
-      ValueError: If a size is not positive.
-
-    Example:
-      >>> import jax
-      >>> from jaxgrl import multilinear_matrices
-      >>> matrices = multilinear_matrices(jax.random.key(0), 256, 10, 1024)
-      >>> print(*(matrix.shape for matrix in matrices))
-      (256, 1024) (10, 1024)
-
-    References:
-      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.2,
-      https://arxiv.org/abs/1705.10667
-    """
-    sizes = {
-        "num_features": num_features,
-        "num_classes": num_classes,
-        "output_dim": output_dim,
-    }
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be 1 or more, got {size}.")
-    keys = jax.random.split(key)
-    return (
-        jax.random.normal(keys[0], (num_features, output_dim), jnp.float32),
-        jax.random.normal(keys[1], (num_classes, output_dim), jnp.float32),
-    )
 
 
 def randomized_multilinear_map(
@@ -110,17 +56,16 @@ def randomized_multilinear_map(
 ) -> jax.Array:
     """Returns a random projection of ``multilinear_map``, of a size that you choose.
 
-    With the matrices ``(Rf, Rp)`` of ``multilinear_matrices`` and D their last axis::
-
-        out = (features @ Rf) * (probabilities @ Rp) / sqrt(D)
+    ``out = (features @ Rf) * (probabilities @ Rp) / sqrt(D)``
 
     Inner products are those of ``multilinear_map`` in expectation over the matrices.
-    The paper takes it where the outer product is larger than 4096.
+    The paper uses it when the outer product is larger than 4096, with D = 1024.
 
     Args:
-      features: ``[..., F]``, floating.
-      probabilities: ``[..., C]``, floating, with the leading axes of ``features``.
-      matrices: ``[F, D]`` and ``[C, D]``, floating. They receive no gradient.
+      features: As in ``multilinear_map``.
+      probabilities: As in ``multilinear_map``.
+      matrices: ``(Rf, Rp)``, ``[F, D]`` and ``[C, D]``, floating: standard normal,
+        drawn once with two keys, saved with the model. They receive no gradient.
 
     Returns:
       ``[..., D]``, in the dtype of ``features``; computed in float32 or wider.
@@ -130,19 +75,18 @@ def randomized_multilinear_map(
       ValueError: If the shapes do not fit.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxgrl import multilinear_matrices, randomized_multilinear_map
-      >>> matrices = multilinear_matrices(jax.random.key(0), 3, 2, 5)
-      >>> features, probabilities = jnp.ones((4, 3)), jnp.full((4, 2), 0.5)
-      >>> print(randomized_multilinear_map(features, probabilities, matrices).shape)
+      >>> import jax, jaxgrl, jax.numpy as jnp
+      >>> keys = jax.random.split(jax.random.key(0))
+      >>> matrices = tuple(map(jax.random.normal, keys, ((3, 5), (2, 5))))
+      >>> inputs = jnp.ones((4, 3)), jnp.full((4, 2), 0.5)
+      >>> print(jaxgrl.randomized_multilinear_map(*inputs, matrices).shape)
       (4, 5)
 
     References:
-      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.2,
-      https://arxiv.org/abs/1705.10667
+      Long et al., NeurIPS 2018, section 3.2, https://arxiv.org/abs/1705.10667
     """
     f, p, dtype = _checked(features, probabilities)
-    rf, rp = (jax.lax.stop_gradient(jnp.asarray(m)) for m in matrices)
+    rf, rp = (lax.stop_gradient(jnp.asarray(matrix)) for matrix in matrices)
     for matrix in (rf, rp):
         check_floating("matrices", matrix)
     fits = rf.ndim == rp.ndim == 2 and rf.shape[1:] == rp.shape[1:]
@@ -175,36 +119,28 @@ def entropy_weights(
         a prediction per pixel.
       domains: The domain of each row, integer or bool, 0 to K - 1, with the leading
         axes of ``label_logits``, of their sizes or 1; None if all are of one.
-      num_domains: K, 2 or more.
-      where: Which rows count, bool, with the leading axes of ``label_logits``; all of
-        them if None. Masked rows may hold anything.
-      axis_name: The mapped axis that the batch is split over, in ``shard_map``,
-        ``pmap`` or ``vmap``, or a tuple of them. The means are then over all devices.
-        Under ``jit`` alone leave it out.
-      activation: ``jax.nn.softmax`` for one of C classes, or ``jax.nn.sigmoid`` for C
-        independent labels, whose entropies add. One logit, ``[..., 1]``, with a sigmoid
-        is a binary head.
+      num_domains: As in ``domain_loss``.
+      where: As in ``domain_loss``.
+      axis_name: As in ``domain_loss``. The means are then over all devices.
+      activation: ``jax.nn.softmax`` for one of C classes; ``jax.nn.sigmoid`` for C
+        independent labels, whose entropies add, and for a binary head ``[..., 1]``.
 
     Returns:
-      The leading axes of ``label_logits``, float32 or wider, with mean 1 over the rows
-      that count of each domain. A masked row has 0, so all are 0 if no row counts. A
-      row whose traced domain is out of range has nan. No gradient passes.
+      The leading axes of ``label_logits``, float32 or wider, with mean 1 over the
+      counted rows of each domain. A masked row has 0, so all are 0 if no row counts. A
+      traced domain out of range has nan. No gradient passes.
 
     Raises:
-      ValueError: If the shapes do not fit, a concrete domain is out of range, or
-        ``activation`` is another.
-      TypeError: If a dtype does not fit.
+      TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import entropy_weights
-      >>> weights = entropy_weights(jnp.array([[9.0, -9.0], [0.0, 0.0]]))
+      >>> import jaxgrl, jax.numpy as jnp
+      >>> weights = jaxgrl.entropy_weights(jnp.array([[9.0, -9.0], [0.0, 0.0]]))
       >>> print(*(f"{weight:.3f}" for weight in weights))  # 2 and 1.5, over their mean
       1.143 0.857
 
     References:
-      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.3,
-      https://arxiv.org/abs/1705.10667
+      Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
     """
     logits = jnp.asarray(label_logits)
     check_floating("label_logits", logits)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._dtypes import at_least_float32
+from ._entropy import check_classes
 
 
 class DANNOutput(NamedTuple):
@@ -59,20 +60,14 @@ def _named(module: Any) -> list[str]:
 def _predictions(features: Any, label_logits: Any, activation: Any) -> Any:
     """Returns what ``condition`` is given beside the features; no gradient passes."""
     if activation in (jax.nn.softmax, jax.nn.sigmoid):
-        least = 2 if activation is jax.nn.softmax else 1
-        shape: Any = getattr(label_logits, "shape", ())
+        otherwise = (
+            "Use `activation=lambda y: y` for a regression, and "
+            "`activation=lambda y: jax.nn.softmax(y['label'])` for a dict."
+        )
         # [batch] has no axis of classes. A row under vmap is [C] beside features [F].
         least_ndim = 1 if getattr(features, "ndim", 2) == 1 else 2
-        if len(shape) < least_ndim or shape[-1] < least:
-            raise ValueError(
-                f"`label_logits` must be [batch, ..., C] with C {least} or more where "
-                "`condition` is given, got shape "
-                f"{jax.tree.map(jnp.shape, label_logits)}. Use "
-                "`activation=jax.nn.sigmoid` for a binary head [batch, 1] and for "
-                "independent labels, `activation=lambda y: y` for a regression, and "
-                "`activation=lambda y: jax.nn.softmax(y['label'])` for a dict."
-            )
-        if least == 1 == shape[-1]:  # the two classes of a binary head
+        check_classes("label_logits", label_logits, activation, otherwise, least_ndim)
+        if label_logits.shape[-1] == 1:  # the two classes of a binary head
             label_logits = jnp.concatenate([-label_logits, label_logits], axis=-1)
     wide = jax.tree.map(lambda y: y.astype(at_least_float32(y.dtype)), label_logits)
     return jax.lax.stop_gradient(activation(wide))

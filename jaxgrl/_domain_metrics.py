@@ -25,21 +25,17 @@ def domain_weights(
     """Returns each row's weight in a sum that is balanced over the domains.
 
     ``1 / (D * n_d)`` for a row of domain d, with n_d the rows of that domain and D the
-    number of domains that have rows. The weights sum to 1. With them any loss per row
-    can be balanced::
-
-        weights = domain_weights(domains)
-        loss = jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))  # a hinge
-
-    Such a sum can be split. Take the weights of the whole batch: the losses of its
-    micro-batches add up to the loss, and so do the gradients, also those per example.
+    number of domains that have rows. They sum to 1, and balance any loss per row, such
+    as the hinge ``jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))``. With the
+    weights of the whole batch, losses and gradients of micro-batches or examples add up
+    to those of the batch.
 
     Args:
       domains: The domain of each row, integer or bool, of any shape: 0 for the source
         and 1 for the target, or 0 to K - 1.
       num_domains: K, 2 or more.
       where: Which rows count, bool, with as many axes as ``domains``, against which it
-        broadcasts; all if None. Masked domains may be anything.
+        broadcasts; all if None.
       axis_name: As in ``domain_loss``. The weights of all devices sum to 1.
 
     Returns:
@@ -47,18 +43,15 @@ def domain_weights(
       are 0 if no row counts. A traced domain out of range has nan.
 
     Raises:
-      ValueError: As in ``domain_loss``.
-      TypeError: As in ``domain_loss``.
+      TypeError, ValueError: As in ``domain_loss``.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import domain_weights
-      >>> print(domain_weights(jnp.array([0, 1, 1, 1, 1])))
+      >>> import jaxgrl, jax.numpy as jnp
+      >>> print(jaxgrl.domain_weights(jnp.array([0, 1, 1, 1, 1])))
       [0.5   0.125 0.125 0.125 0.125]
 
     References:
-      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
-      https://jmlr.org/papers/v17/15-239.html
+      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     shape = jnp.asarray(domains).shape
     if where is not None and jnp.asarray(where).ndim == len(shape):
@@ -78,17 +71,13 @@ def domain_loss(
 ) -> jax.Array:
     """Returns the cross entropy of a domain discriminator, balanced over the domains.
 
-    It averages within each domain first, then across the domains that have rows, so
-    unequal numbers of source and target examples do not bias it::
+    ``loss = 1/D * sum_d ( 1/n_d * sum_{i in d} cross_entropy(logits_i, d) )``
 
-        loss = 1/D * sum_d ( 1/n_d * sum_{i in d} cross_entropy(logits_i, d) )
+    This is the sum of ``domain_weights`` times cross entropy. Unequal numbers of source
+    and target examples do not bias it. For two domains it is half of the paper's sum.
 
-    This is the sum of ``domain_weights`` times cross entropy. For two domains it is
-    half of the paper's sum of the source mean and the target mean.
-
-    *Add* it to the label loss. The gradient reversal layer in front of the
-    discriminator does the subtracting, and only for the feature extractor. Do not
-    weight it with the reversal strength: that is in the layer.
+    *Add* it to the label loss, without the reversal strength as a weight. The layer in
+    front of the discriminator does the subtracting, for the feature extractor alone.
 
     Args:
       logits: The discriminator's output before any sigmoid or softmax, floating. With
@@ -101,34 +90,31 @@ def domain_loss(
       num_domains: K, 2 or more.
       where: Which rows count, bool, with the axes of ``domains``; all of them if None.
         Masked rows may hold anything, nan and out-of-range domains included.
-      weights: What each row's cross entropy is multiplied by, floating, with the axes
-        of ``domains``; 1 if None. With mean 1 in each domain, as ``entropy_weights``
-        gives them, the balance of the domains stays as it is.
+      weights: Factor of each row's cross entropy, floating, with the axes of
+        ``domains``; 1 if None. The domains stay balanced if its mean is 1 in each
+        domain, as that of ``entropy_weights`` is.
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
-        splits the batch. Each device returns its part times the axis size: take
-        ``jax.lax.pmean`` of the loss, inside the function that you differentiate, and
-        of the gradient. Both are then those of the whole batch. Under ``jit`` alone
-        leave it out.
+        splits the batch. Take ``jax.lax.pmean`` of the loss, inside the function that
+        you differentiate, and of the gradient. Both are then those of the whole batch.
+        Under ``jit`` alone leave it out.
 
     Returns:
       A scalar, float32 or wider. It is 0, with a gradient of zeros, if no row counts
       (an empty or a fully masked batch). A traced domain out of range gives nan.
 
     Raises:
-      ValueError: If the shapes do not fit, or a concrete domain is out of range;
-        outside ``jit``, ``domains`` is read for that.
+      ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
+        ``domains`` is read for that.
       TypeError: If a dtype does not fit.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import domain_loss
-      >>> logits = jnp.array([-2.0, -2.0, -2.0, 2.0])  # three of the source, one target
-      >>> print(f"{domain_loss(logits, jnp.array([0, 0, 0, 1])):.4f}")
+      >>> import jaxgrl, jax.numpy as jnp
+      >>> logits, domains = jnp.array([-2.0, -2.0, 2.0]), jnp.array([0, 0, 1])
+      >>> print(f"{jaxgrl.domain_loss(logits, domains):.4f}")
       0.1269
 
     References:
-      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
-      https://jmlr.org/papers/v17/15-239.html
+      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     activation = jax.nn.sigmoid if logits.shape[-1] == 1 else jax.nn.softmax
@@ -153,36 +139,32 @@ def domain_accuracy(
     """Returns the balanced accuracy of a domain discriminator.
 
     The mean, over the domains that have rows, of the share of rows that are assigned to
-    their domain. 1 means that the features give their domain away; ``1 / K`` that the
-    discriminator cannot tell the K domains apart, whatever their sizes.
+    their domain. It is 1 if all are, and ``1 / K`` if the discriminator cannot tell the
+    K domains apart, whatever their sizes.
 
     Args:
       logits: As in ``domain_loss``, and so are the others.
       domains: The domain of each row.
       num_domains: K, 2 or more.
       where: Which rows count.
-      axis_name: The mapped axis that splits the batch. ``jax.lax.pmean`` of what the
-        devices return is the accuracy of the whole batch.
+      axis_name: The mapped axis. ``jax.lax.pmean`` of the accuracies is that of the
+        whole batch.
 
     Returns:
-      A scalar, float32 or wider, that stays on the device. It is nan where there is no
-      accuracy: if no row counts (an empty or a fully masked batch), if a logit that
-      counts is nan, or if a traced domain is out of range.
+      A scalar, float32 or wider. It is nan if no row counts (an empty or a fully masked
+      batch), a counted logit is nan, or a traced domain is out of range.
 
     Raises:
-      ValueError: As in ``domain_loss``.
-      TypeError: As in ``domain_loss``.
+      TypeError, ValueError: As in ``domain_loss``.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import domain_accuracy
-      >>> logits = jnp.array([-2.0, -2.0, 2.0, 2.0])
-      >>> print(f"{domain_accuracy(logits, jnp.array([0, 0, 0, 1])):.4f}")
-      0.8333
+      >>> import jaxgrl, jax.numpy as jnp
+      >>> logits, domains = jnp.array([-2.0, 2.0, 2.0]), jnp.array([0, 0, 1])
+      >>> print(jaxgrl.domain_accuracy(logits, domains))
+      0.75
 
     References:
-      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
-      https://jmlr.org/papers/v17/15-239.html
+      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     one = logits.shape[-1] == 1
@@ -214,7 +196,10 @@ def members(
     check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
     mask = checked_mask(where, shape)
     # In NumPy, since under a trace even a constant becomes a tracer.
-    if _is_readable(domains) and _is_readable(where):
+    if all(
+        not isinstance(a, Tracer) and getattr(a, "is_fully_addressable", True)
+        for a in (domains, where)
+    ):
         counted = np.asarray(domains)
         counted = counted if where is None else np.where(where, counted, 0)
         if counted.size and not 0 <= counted.min() <= counted.max() < num_domains:
@@ -257,12 +242,6 @@ def _over_devices(value: Any, axis_name: Hashable | None) -> Any:
     for name in names if axis_name is not None else ():
         value = jax.lax.psum(value, name)
     return value
-
-
-def _is_readable(value: Any) -> bool:
-    return not isinstance(value, Tracer) and getattr(
-        value, "is_fully_addressable", True
-    )
 
 
 def _checked(

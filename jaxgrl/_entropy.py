@@ -9,27 +9,28 @@ import jax.numpy as jnp
 
 def check_classes(
     name: str,
-    logits: jax.Array,
+    logits: Any,
     activation: Callable[..., Any],
     otherwise: str,
     least_ndim: int = 2,
 ) -> None:
     """Raises ValueError unless ``logits`` are ``[..., C]`` for this activation.
 
-    ``otherwise`` says what to use in place of a function that needs classes.
+    ``otherwise`` says what to use for other heads.
     """
-    softmax = activation is jax.nn.softmax
-    if not softmax and activation is not jax.nn.sigmoid:
+    if activation not in (jax.nn.softmax, jax.nn.sigmoid):
         raise ValueError(
             "`activation` must be jax.nn.softmax or jax.nn.sigmoid, got "
             f"{activation!r}. {otherwise}"
         )
-    if logits.ndim < least_ndim or logits.shape[-1] < 1 + softmax:
+    least = 2 if activation is jax.nn.softmax else 1
+    shape: Any = getattr(logits, "shape", ())
+    if len(shape) < least_ndim or shape[-1] < least:
         raise ValueError(
-            f"`{name}` must be [batch, ..., C] with C {1 + softmax} or more for "
-            f"jax.nn.{activation.__name__}, got shape {logits.shape}. For a binary "
-            "head use `activation=jax.nn.sigmoid` and shape [batch, ..., 1]. "
-            f"{otherwise}"
+            f"`{name}` must be [batch, ..., C] with C {least} or more for "
+            f"jax.nn.{activation.__name__}, got shape "
+            f"{jax.tree.map(jnp.shape, logits)}. For a binary head use "
+            f"`activation=jax.nn.sigmoid` and shape [batch, ..., 1]. {otherwise}"
         )
 
 

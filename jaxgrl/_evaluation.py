@@ -31,9 +31,8 @@ def proxy_a_distance(
     """Returns how well a linear classifier tells two domains apart by their features.
 
     The proxy A-distance ``2 * (1 - 2 * error)``, with the held-out error of a fresh
-    logistic regression on standardised features: about 0 if the domains are confused, 2
-    if they are apart. Unlike the discriminator of the training, it cannot have died.
-    The error is the mean of the two domains' errors, so unequal numbers do not bias it.
+    logistic regression on standardised features, averaged over the two domains. It is
+    about 0 if the domains are confused, 2 if they are apart.
 
     Args:
       source_features: ``[n, ...]``, real and finite; trailing axes are flattened.
@@ -42,20 +41,18 @@ def proxy_a_distance(
       seed: Seed of the split into folds.
 
     Returns:
-      The named tuple ``(distance, standard_error)`` of floats. The standard error is
-      binomial, as if the held-out predictions were independent.
+      The named tuple ``(distance, standard_error)`` of floats. The error is binomial,
+      as if the held-out predictions were independent.
 
     Raises:
       ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).
       TypeError: If features are complex, strings or objects.
-      ValueError: If a shape, a value that is not finite and below 1e150, or ``folds``
-        breaks its rule.
+      ValueError: If ``folds``, a shape or a value (1e150 and more too) does not fit.
 
     Example:
-      >>> import numpy as np
-      >>> from jaxgrl import proxy_a_distance
+      >>> import jaxgrl, numpy as np
       >>> source, target = np.random.default_rng(0).normal(size=(2, 200, 3))
-      >>> proxy_a_distance(source, target + 5).distance > 1.9
+      >>> jaxgrl.proxy_a_distance(source, target + 5).distance > 1.9
       True
 
     References:
@@ -72,13 +69,8 @@ def proxy_a_distance(
             "`jaxgrl.proxy_a_distance` needs scikit-learn. Install it with: "
             "pip install 'scikit-learn>=1.5.2'"
         ) from error
-    source, target = (
-        _checked_features(name, value)
-        for name, value in {
-            "source_features": source_features,
-            "target_features": target_features,
-        }.items()
-    )
+    source = _checked_features("source_features", source_features)
+    target = _checked_features("target_features", target_features)
     if source.shape[1:] != target.shape[1:]:
         raise ValueError(
             "`target_features` must have the trailing axes of `source_features`, got "
@@ -90,19 +82,17 @@ def proxy_a_distance(
             f"`folds` must be a whole number from 2 to the number of examples of a "
             f"domain, {fewest}, got {folds!r}."
         )
-    source, target = (a.reshape(len(a), -1) for a in (source, target))
-    x = np.concatenate([source, target])
+    x = np.concatenate([source, target]).reshape(len(source) + len(target), -1)
     domains = np.repeat([0, 1], [len(source), len(target)])
     model = make_pipeline(
         StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)
     )
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
     wrong = np.asarray(cross_val_predict(model, x, domains, cv=split)) != domains
-    errors = [float(np.mean(wrong[domains == d])) for d in (0, 1)]
-    variance = sum(
-        e * (1 - e) / n for e, n in zip(errors, (len(source), len(target)), strict=True)
-    )
-    return ProxyADistance(2 * (1 - sum(errors)), 2 * variance**0.5)
+    parts = wrong[: len(source)], wrong[len(source) :]
+    error = sum(float(np.mean(part)) for part in parts)
+    variance = sum(float(np.var(part)) / len(part) for part in parts)
+    return ProxyADistance(2 * (1 - error), 2 * variance**0.5)
 
 
 def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
@@ -137,49 +127,41 @@ def information_maximization(
     The entropy of the mean prediction minus the mean entropy of the predictions, in
     nats: from 0 to log C. It is large if each prediction is certain and all classes are
     predicted. To choose the scale of a DANN without a target label, train with each
-    scale and a few seeds. Of the scales that are not clearly worse than the one with
-    the largest mean, take the one nearest to 1, as ``examples/choose_scale.py`` does.
-    The classes must be about as frequent in the target as the predictions make them.
+    scale and a few seeds. Of the scales that are not clearly worse than the best, take
+    the one nearest to 1. The classes must be about as frequent in the target as the
+    predictions make them.
 
     Args:
       target_logits: The label logits of target examples, ``[..., C]``, floating:
         ``[batch, C]``, or ``[batch, H, W, C]`` for a prediction per pixel.
       where: Which rows count, bool, with the leading axes of ``target_logits``, of
         their sizes or 1; all of them if None. Masked rows may hold anything.
-      activation: ``jax.nn.softmax`` for one of C classes, or ``jax.nn.sigmoid`` for C
-        independent labels: from 0 to C log 2, the sum over the labels. One logit,
-        ``[..., 1]``, with a sigmoid is a binary head.
+      activation: ``jax.nn.softmax`` for one of C classes; ``jax.nn.sigmoid`` for C
+        independent labels, whose sum it returns, and for a binary head ``[..., 1]``.
 
     Returns:
-      A scalar, float32 or wider. It is nan if no row counts (all masked, or none
-      there), or if a logit that counts is not finite, so that a diverged run is never
-      chosen (``max`` must not see nan: compare with ``jnp.nanargmax``).
+      A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not
+      finite. Compare with ``jnp.nanargmax``: no diverged run is then chosen.
 
     Raises:
       TypeError: If a dtype does not fit.
       ValueError: If a shape does not fit, or ``activation`` is another.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import information_maximization
+      >>> import jaxgrl, jax.numpy as jnp
       >>> certain = jnp.array([[50.0, 0.0], [0.0, 50.0]])
-      >>> print(f"{information_maximization(certain):.4f}")  # log 2
+      >>> print(f"{jaxgrl.information_maximization(certain):.4f}")  # log 2
       0.6931
-      >>> print(f"{information_maximization(certain[:1]):.4f}")  # one class only
-      0.0000
 
     References:
-      Bridle, Heading and MacKay, Unsupervised Classifiers, Mutual Information and
-      'Phantom Targets', NIPS 1991; Shi and Sha, Information-Theoretical Learning of
-      Discriminative Clusters for Unsupervised Domain Adaptation, ICML 2012,
-      https://arxiv.org/abs/1206.6438
+      Bridle et al., NIPS 1991; Shi and Sha, ICML 2012, https://arxiv.org/abs/1206.6438
     """
     logits = jnp.asarray(target_logits)
     check_floating("target_logits", logits)
     otherwise = (
-        "A regression head has no classes: to choose its scale, compare the error on "
-        "held-out source examples and `proxy_a_distance` of the features. Small values "
-        "of both are needed, but do not prove a small error on the target."
+        "A regression head has no classes: compare the error on held-out source "
+        "examples and `proxy_a_distance` of the features. Small values of both are "
+        "needed, but do not prove a small error on the target."
     )
     check_classes("target_logits", logits, activation, otherwise)
     mask = checked_mask(where, logits.shape[:-1])

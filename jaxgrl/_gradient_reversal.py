@@ -81,8 +81,7 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
       9.0 -3.0
 
     References:
-      Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, ICML 2015,
-      https://proceedings.mlr.press/v37/ganin15.html
+      Ganin and Lempitsky, ICML 2015, https://proceedings.mlr.press/v37/ganin15.html
     """
     scale = _as_array(scale)
     # Not jax.tree.map, which takes 1 us more of an eager call of 3.5 us.

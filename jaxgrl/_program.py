@@ -17,11 +17,6 @@ AXIS = "jaxgrl_switch"
 GIVEN, OPEN, SHUT = range(3)
 
 
-@jax.custom_vjp
-def _fork(x: Any) -> tuple[Any, Any]:
-    return x, x
-
-
 def _choose(_: None, cts: tuple[Any, Any]) -> tuple[Any]:
     """Returns what comes back through the rule, around it, or nothing.
 
@@ -36,13 +31,9 @@ def _choose(_: None, cts: tuple[Any, Any]) -> tuple[Any]:
     return (jnp.where(is_layer & (setting != GIVEN), around, ruled),)
 
 
-@jax.custom_vjp
-def _join(ruled: Any, plain: Any) -> Any:
-    del plain
-    return ruled
-
-
+_fork = jax.custom_vjp(lambda x: (x, x))
 _fork.defvjp(lambda x: ((x, x), None), _choose)
+_join = jax.custom_vjp(lambda ruled, plain: ruled)
 _join.defvjp(lambda ruled, plain: (ruled, None), lambda _, ct: (ct, ct))
 
 
@@ -51,6 +42,9 @@ def with_switches(program: Any) -> tuple[Any, int]:
 
     A part without a layer stays the same object: JAX's caches go by that.
     """
+    if not hasattr(program, "eqns"):
+        return program, 0
+    # A ClosedJaxpr, which newer JAX does not tell from a Jaxpr.
     if not isinstance(program, Jaxpr):
         inner, count = with_switches(program.jaxpr)
         return (program.replace(jaxpr=inner) if count else program), count
@@ -86,10 +80,10 @@ def _in_params(params: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Returns the parameters of an equation with switches, and their number."""
     params, total = dict(params), 0
     for name, value in params.items():
-        leaves, structure = jax.tree.flatten(value, is_leaf=_is_jaxpr)
-        pairs = [with_switches(v) if _is_jaxpr(v) else (v, 0) for v in leaves]
-        if count := sum(count for _, count in pairs):
-            params[name] = jax.tree.unflatten(structure, [v for v, _ in pairs])
+        leaves, structure = jax.tree.flatten(value, lambda v: hasattr(v, "eqns"))
+        switched = [with_switches(leaf) for leaf in leaves]
+        if count := sum(count for _, count in switched):
+            params[name] = jax.tree.unflatten(structure, [leaf for leaf, _ in switched])
         # Under JAX_REMAT3, an object holds the parameters.
         elif name == "_prim":
             inner, count = _in_params(value.params)
@@ -97,11 +91,6 @@ def _in_params(params: dict[str, Any]) -> tuple[dict[str, Any], int]:
             vars(params[name]).update(inner, params=inner)
         total += count
     return params, total
-
-
-def _is_jaxpr(value: Any) -> bool:
-    # A ClosedJaxpr too, which newer JAX does not tell from a Jaxpr.
-    return hasattr(value, "eqns")
 
 
 def _rule_body(eqn: JaxprEqn) -> Any:
@@ -118,11 +107,13 @@ def _opened(value: Any) -> Any:
 
 def _wires(eqn: JaxprEqn) -> dict[int, int]:
     """Returns which input each output of a layer copies; {} for any other equation."""
-    kinds = [getattr(out.aval, "dtype", bool) for out in eqn.outvars]
-    floating = [i for i, kind in enumerate(kinds) if jnp.issubdtype(kind, jnp.inexact)]
-    sources = {i: _source(eqn, i) for i in floating}
-    wires = {i: source[0] for i, source in sources.items() if source and source[1] == 1}
-    return wires if len(wires) == len(floating) else {}
+    wires = {}
+    for i, out in enumerate(eqn.outvars):
+        if jnp.issubdtype(getattr(out.aval, "dtype", bool), jnp.inexact):
+            wires[i], rules = _source(eqn, i) or (0, 0)
+            if rules != 1:
+                return {}
+    return wires
 
 
 def _source(eqn: JaxprEqn, output: int) -> tuple[int, int] | None:

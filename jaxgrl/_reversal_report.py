@@ -55,18 +55,12 @@ _NOTES = {
     "It may start at 0, or the features may be equal. Otherwise it has died.",
 }
 
-# The loss has an `if` on the scale, converts it, or has a rule that closes over it.
-_UNTRACEABLE = (
-    *(jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError),
-    jax.errors.UnexpectedTracerError,
-)
 # The weights of the label loss, the domain loss and the domain logits.
 _LABEL, _DOMAIN, _LOGITS = np.eye(3).tolist()
 # How far parameters are moved to see whether a gradient is 0 by chance.
 _NEARBY = 0.1
-# Of the gradient of a leaf: with the layers open, with the layers shut, what passes
-# through, what arrives of it. Then the gradient of the domain loss, and the change
-# from it.
+# Of a leaf: the gradient with the layers open, with the layers shut, what passes
+# through, what arrives of it; the domain gradient, and the change from it.
 _OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE = range(6)
 
 
@@ -87,8 +81,8 @@ class LeafReport(NamedTuple):
 
     Attributes:
       path: Its place in ``params``, as ``jax.tree_util.keystr`` writes it.
-      domain: Its domain gradient: ``"reversed"``, ``"plain"`` or ``"none"``. From the
-        sum of the losses the last two cannot be told apart: ``"not reversed"``.
+      domain: Its domain gradient: ``"reversed"``, ``"plain"`` or ``"none"``; or, from
+        the sum of the losses, ``"not reversed"`` for the last two.
       label_norm: The norm of the label gradient.
       domain_norm: The norm of the domain gradient, before the reversal.
       cosine: Of the angle between the two. Above 0, what helps the label classifier
@@ -109,8 +103,7 @@ class ReversalReport:
     Attributes:
       leaves: A ``LeafReport`` for each floating array of the parameters.
       reversed: The same for all that are reversed, taken together.
-      strength: The strength of the reversal at scale 1: 1 if all is right, nan if
-        nothing is reversed.
+      strength: What multiplies ``scale``; 1 if all is right, nan if none is reversed.
       logit_spread: The largest standard deviation of a domain logit over the batch;
         nan if the loss does not return them.
       problems: A ``Finding`` for each sure mistake; empty for a correct model.
@@ -125,10 +118,10 @@ class ReversalReport:
     notes: tuple[Finding, ...]
 
     def __str__(self) -> str:
-        rows = [("parameter", "domain gradient", "|label|", "|domain|", "cosine")]
+        rows: list[Any] = []
+        rows += [("parameter", "domain gradient", "|label|", "|domain|", "cosine")]
         for path, kind, *numbers in (*self.leaves, self.reversed):
-            shown = (f"{value:.3g}".replace("nan", "") for value in numbers)
-            rows.append((path, kind, *shown))  # pyright: ignore
+            rows += [(path, kind, *(f"{n:.3g}".replace("nan", "") for n in numbers))]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         form = "{:<{}}  {:<{}}  {:>{}}  {:>{}}  {:>{}}".format
         lines = [form(*sum(zip(row, widths, strict=True), ())) for row in rows]
@@ -150,17 +143,14 @@ def reversal_report(
     """Returns which parameters receive the reversed gradient, and what is wrong.
 
     It reads the program of the loss (its jaxpr). A layer is an identity with its own
-    derivative rule: this library's, five lines by hand, ``optax.scale_gradient``. The
+    derivative rule that changes the sign: this library's, five lines by hand,
+    ``optax.scale_gradient``; not one inside another function with its own rule. The
     loss is differentiated with the layers as they are (given), with each a plain copy
     (open), and with each a ``stop_gradient`` (shut):
 
         through  = gradient(open)  - gradient(shut)
         arrived  = gradient(given) - gradient(shut)
         strength = -<arrived, through> / |through|**2
-
-    An identity whose rule does not change the sign, such as one that clips gradients,
-    is no layer. A layer inside another function with its own rule cannot be seen.
-    Nothing of ``params`` is changed.
 
     The kinds of a problem are missing, detached, no_domain_gradient, scale_unused,
     scale_in_loss, twice, label_reversed, behind (the discriminator), untrained (the
@@ -171,10 +161,9 @@ def reversal_report(
       loss: A function of ``(params, scale, *args)``, with a batch of every domain, that
         returns ``(label_loss, domain_loss, domain_logits)``: the two terms as they are
         added, and the logits ``[batch, ...]``. Or the sum of the losses alone, which
-        shows less. It is traced once, or once for each of two scales if the scale
-        cannot be traced.
+        shows less.
       params: A pytree of parameters (Linen, Haiku, plain JAX), an ``nnx.Module`` or an
-        Equinox module. The report looks at its floating arrays.
+        Equinox module. Its floating arrays are looked at, and nothing is changed.
       *args: What else the loss takes, such as the batch. Arrays that span processes
         must be passed here: JAX lets no function close over them.
 
@@ -188,24 +177,20 @@ def reversal_report(
     Example:
       >>> import jax.numpy as jnp
       >>> from jaxgrl import domain_loss, gradient_reversal, reversal_report
-      >>> def loss(params, scale, x, y):
+      >>> def loss(params, scale, x):
       ...     features = params["features"] * x
-      ...     label_loss = jnp.mean((features[:2] - y) ** 2)
-      ...     logits = params["discriminator"] * gradient_reversal(features, scale)
+      ...     logits = params["head"] * gradient_reversal(features, scale)
+      ...     label_loss = jnp.mean(features[:2] ** 2)
       ...     return label_loss, domain_loss(logits, jnp.array([0, 0, 1, 1])), logits
-      >>> params = {"features": jnp.array(1.0), "discriminator": jnp.array(1.0)}
-      >>> x, y = jnp.array([1.0, 2.0, 3.0, 5.0]), jnp.array([0.0, 1.0])
-      >>> report = reversal_report(loss, params, x, y)
-      >>> for leaf in report.leaves:
-      ...     print(leaf.path, leaf.domain)
-      discriminator plain
-      features reversed
-      >>> report.problems
-      ()
+      >>> params = {"features": jnp.array(1.0), "head": jnp.array(1.0)}
+      >>> report = reversal_report(loss, params, jnp.array([1.0, 2.0, 3.0, 5.0]))
+      >>> print([leaf.domain for leaf in report.leaves], report.problems)
+      ['reversed', 'plain'] ()
     """
     try:
         return _report(_Loss(loss, params, args, traced=True))
-    except _UNTRACEABLE:
+    # The loss has an `if` on the scale, converts it, or has a rule that closes over it.
+    except jax.errors.JAXTypeError:
         return _report(_Loss(loss, params, args, traced=False))
 
 
@@ -223,18 +208,15 @@ class _Result(NamedTuple):
     def norm(self, row: int) -> np.ndarray:
         return np.sqrt(self.dot(row, row))
 
-    def counts(self) -> np.ndarray:
-        """Returns for which leaves what passes through is more than rounding."""
+    def arrived(self) -> np.ndarray:
+        """Returns <arrived, through>, 0 for leaves whose through may be rounding."""
         total = math.sqrt(self.dot(_OPEN, _OPEN).sum())
-        return self.norm(_THROUGH) > 1e-3 * total
+        return self.dot(_ARRIVED, _THROUGH) * (self.norm(_THROUGH) > 1e-3 * total)
 
     def varies(self) -> bool:
         """Whether a logit varies over the batch by more than rounding."""
         ranges = np.ptp(np.atleast_1d(self.logits), axis=0)
         return bool((ranges > 1e-6 * np.abs(self.logits).max()).any())
-
-    def in_unit(self) -> bool:
-        return bool(((self.logits >= 0) & (self.logits <= 1)).all())
 
 
 class _Loss:
@@ -242,43 +224,38 @@ class _Loss:
 
     def __init__(self, loss: Callable[..., Any], params: Any, args: Any, traced: bool):
         flat, structure = jax.tree.flatten_with_path((params, args))
-        leaves, count = [leaf for _, leaf in flat], len(jax.tree.leaves(params))
-        kinds = jax.Array | np.ndarray | np.generic
-        arrays = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kinds)]
-        inexact = [i for i in arrays if jnp.issubdtype(leaves[i].dtype, jnp.inexact)]
+        count, kinds = len(jax.tree.leaves(params)), jax.Array | np.ndarray | np.generic
+        arrays = {i: v for i, (_, v) in enumerate(flat) if isinstance(v, kinds)}
+        inexact = [i for i, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.inexact)]
         moving = [i for i in inexact if i < count]
         if not moving:
             raise ValueError(
                 "`params` must have a floating array to differentiate, got "
                 f"{count} leaves of other kinds."
             )
-        order = moving + [i for i in arrays if i not in moving]
         keys = (flat[i][0][1:] for i in moving)
         names = [jax.tree_util.keystr(k, simple=True, separator=".") for k in keys]
         # Of an nnx.Variable, the path ends in the value that it holds.
         self.paths = [name.removesuffix(".value") for name in names]
-        self.arrays = [leaves[i] for i in order]
-        self.results, self.other, self.sum_only, self.layers = {}, None, False, 0
+        self.arrays, self.results, self.other = arrays, {}, None
+        self.sum_only, self.layers = False, 0
 
         def terms(arrays: Any, scale: Any) -> Any:
-            filled = dict(enumerate(leaves)) | dict(zip(order, arrays, strict=True))
-            params, args = jax.tree.unflatten(structure, filled.values())
+            filled = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(flat)]
+            params, args = jax.tree.unflatten(structure, filled)
             return self._terms(loss(params, scale, *args))
 
         def program(scale: float) -> Callable[..., Any]:
             fixed = terms if traced else lambda arrays, _: terms(arrays, scale)
-            jaxpr = jax.make_jaxpr(fixed)(self.arrays, 1.0)
-            switched, self.layers = with_switches(jaxpr)
-            gradients = functools.partial(
-                _gradients, jaxpr_as_fun(switched), len(moving)
-            )
+            switched, self.layers = with_switches(jax.make_jaxpr(fixed)(arrays, 1.0))
+            gradients = functools.partial(_gradients, jaxpr_as_fun(switched), moving)
             settings = {"in_axes": None, "axis_size": 3, "axis_name": AXIS}
             return jax.jit(jax.vmap(gradients, **settings))
 
         self.programs = {1.0: program(1.0)}
         self.programs[0.5] = self.programs[1.0] if traced else program(0.5)
 
-    def _terms(self, returned: Any) -> tuple[Any, Any, Any]:
+    def _terms(self, returned: Any) -> list[Any]:
         """Returns label loss, domain loss and logits; a sum counts as the second."""
         self.sum_only = not isinstance(returned, tuple | list)
         terms = (0.0, returned, 0.0) if self.sum_only else tuple(returned)
@@ -288,14 +265,14 @@ class _Loss:
                 "`loss` must return a scalar or (label_loss, domain_loss, "
                 f"domain_logits), each an array, got {returned!r}."
             )
-        label, domain, logits = map(jnp.asarray, terms)
-        second = "loss" if self.sum_only else "domain_loss"
-        for name, value in {"label_loss": label, second: domain}.items():
-            check_floating(name, value)
-            if value.shape:
-                raise ValueError(f"`{name}` must be a scalar, got shape {value.shape}.")
-        check_floating("domain_logits", logits)
-        return label, domain, logits
+        terms = [jnp.asarray(term) for term in terms]
+        names = "label_loss", "domain_loss", "domain_logits"
+        for name, term in zip(names, terms, strict=True):
+            name = "loss" if self.sum_only else name
+            check_floating(name, term)
+            if term.shape and name != "domain_logits":
+                raise ValueError(f"`{name}` must be a scalar, got shape {term.shape}.")
+        return terms
 
     def run(self, weights: Any, scale: float = 1.0, nudge: float = 0.0) -> _Result:
         """Returns the result for a weighted sum of the terms, at parameters nearby."""
@@ -305,8 +282,8 @@ class _Loss:
             with jax.debug_nans(False), jax.debug_infs(False):
                 pair = self.programs[scale](self.arrays, scale, weights, nudge)
             grads, terms = jax.tree.map(_on_host, pair)
-            self.other = self.other or [g[OPEN] for g in grads]
-            products = np.stack(list(map(_products, grads, self.other)))
+            self.other = self.other or [g[OPEN] for g in grads.values()]
+            products = np.stack(list(map(_products, grads.values(), self.other)))
             label, domain, logits = (term[0] for term in terms)
             self.results[key] = _Result(label, domain, logits, products)
         return self.results[key]
@@ -332,25 +309,23 @@ class _Loss:
 
 
 def _gradients(
-    loss: Any, count: int, arrays: Any, scale: Any, weights: Any, nudge: Any
+    loss: Any, moving: list[int], arrays: Any, scale: Any, weights: Any, nudge: Any
 ) -> Any:
     def total(point: Any) -> Any:
-        moved = [_nudged(value, nudge) for value in point]
-        terms = list(map(jnp.asarray, loss(*moved, *arrays[count:], scale)))
+        moved = arrays | {i: _nudged(value, nudge) for i, value in point.items()}
+        terms = list(map(jnp.asarray, loss(*jax.tree.leaves(moved), scale)))
         wide = at_least_float32(*(term.dtype for term in terms))
         terms = [term.astype(wide) for term in terms]
         return sum(w * jnp.sum(t) for w, t in zip(weights, terms, strict=True)), terms
 
-    return jax.grad(total, has_aux=True)(arrays[:count])
+    return jax.grad(total, has_aux=True)({i: arrays[i] for i in moving})
 
 
 def _nudged(value: Any, nudge: Any) -> Any:
     """Returns a value of the same sign nearby, or a small one for 0."""
     shape = value.shape or (1,)
-    ramp = (1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)) / shape[
-        -1
-    ]
-    step = (nudge * ramp).astype(value.dtype).reshape(value.shape)
+    ramp = 1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)
+    step = (nudge * ramp / shape[-1]).astype(value.dtype).reshape(value.shape)
     return value * (1 + step) + jnp.where(value == 0, step / value.size**0.5, 0)
 
 
@@ -419,7 +394,7 @@ def _findings(
         return
     half = loss.run(_DOMAIN, 0.5)
     nearby = domain if domain.norm(_THROUGH).any() else loss.run(_DOMAIN, 1.0, _NEARBY)
-    twice = nearby.dot(_ARRIVED, _THROUGH) * nearby.counts() > 0
+    twice = nearby.arrived() > 0
     if not np.allclose(domain[:2], half[:2], rtol=1e-5, atol=0):
         yield found("scale_in_loss")
     elif not through.any():
@@ -439,7 +414,7 @@ def _findings(
     elif abs(strength - 1) > 0.01:
         yield found("strength")
 
-    turned = label.dot(_ARRIVED, _THROUGH) * label.counts() < 0
+    turned = label.arrived() < 0
     if turned.any() and not loss.sum_only:
         yield found("label_reversed", turned)
     weights, row = (_DOMAIN, _SHUT) if loss.sum_only else (_LABEL, _OPEN)
@@ -461,5 +436,8 @@ def _findings(
     if not domain.varies():
         yield found("constant_output")
     # Logits grow with the parameters; probabilities stay where they are.
-    elif domain.in_unit() and loss.run(_DOMAIN, nudge=1000.0).in_unit():
+    elif all(
+        ((logits >= 0) & (logits <= 1)).all()
+        for logits in (loss.run(_DOMAIN, nudge=nudge).logits for nudge in (0.0, 1000.0))
+    ):
         yield found("probabilities")

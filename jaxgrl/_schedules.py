@@ -28,7 +28,6 @@ def dann_schedule(
 
         scale = init_value + (end_value - init_value) * (2 / (1 + exp(-gamma * p)) - 1)
 
-    The end is just short of ``end_value``: with ``gamma=10`` at 0.99991 of the way.
     Pass the value to the reversal layer only. If it weights the domain loss too, the
     features see its square, and the discriminator learns nothing while it is small.
 
@@ -36,7 +35,7 @@ def dann_schedule(
       transition_steps: Steps from start to end, usually the whole training; 1 or more.
       init_value: Value at the start, a number or a scalar array, which may be traced.
       end_value: Value that the end approaches, likewise.
-      gamma: Steepness, positive; 10 in the paper.
+      gamma: Steepness, positive; 10 in the paper, which ends at 0.99991 of the way.
       transition_begin: Step at which the transition starts, 0 or more.
 
     Returns:
@@ -44,18 +43,16 @@ def dann_schedule(
       the same shape, float32 or wider.
 
     Raises:
-      ValueError: If an argument breaks its rule.
-      TypeError: If an argument is not a number.
+      TypeError, ValueError: If an argument is no number, or breaks its rule.
 
     Example:
       >>> import jaxgrl
-      >>> schedule = jaxgrl.dann_schedule(transition_steps=1000)
+      >>> schedule = jaxgrl.dann_schedule(1000)
       >>> print(*(f"{schedule(step):.5f}" for step in (0, 100, 500, 1000)))
       0.00000 0.46212 0.98661 0.99991
 
     References:
-      Ganin and Lempitsky, Unsupervised Domain Adaptation by Backpropagation, ICML 2015,
-      https://proceedings.mlr.press/v37/ganin15.html
+      Ganin and Lempitsky, ICML 2015, https://proceedings.mlr.press/v37/ganin15.html
     """
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
     init = _value("init_value", init_value)
@@ -80,26 +77,19 @@ def dann_learning_rate(
 ) -> optax.Schedule:
     """Returns the learning rate schedule of DANN, which decays from ``init_value``.
 
-    With ``p = clip(step / transition_steps, 0, 1)``::
-
-        learning_rate = init_value / (1 + alpha * p) ** beta
-
-    By default the end is at 0.166 of ``init_value``.
+    ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
 
     Args:
-      init_value: Rate at the start, a number or a scalar array, which may be traced;
-        0.01 in the paper.
-      transition_steps: Steps from start to end, usually the whole training; 1 or more.
+      init_value: Rate at the start, as in ``dann_schedule``; 0.01 in the paper.
+      transition_steps: As in ``dann_schedule``.
       alpha: How far it decays, 0 or more; 10 in the paper.
       beta: Exponent of the decay, 0 or more; 0.75 in the paper.
 
     Returns:
-      An ``optax.Schedule``. It maps integers of any shape, traced or not, to rates of
-      the same shape, float32 or wider.
+      An ``optax.Schedule``, as ``dann_schedule`` does.
 
     Raises:
-      ValueError: If an argument breaks its rule.
-      TypeError: If an argument is not a number.
+      TypeError, ValueError: As in ``dann_schedule``.
 
     Example:
       >>> import jaxgrl
@@ -108,7 +98,7 @@ def dann_learning_rate(
       0.01000 0.00261 0.00166
 
     References:
-      Ganin and Lempitsky, ICML 2015, as in ``dann_schedule``.
+      As in ``dann_schedule``.
     """
     init = _value("init_value", init_value)
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)

@@ -23,24 +23,22 @@ T = TypeVar("T")
 class GradientReversal(nn.Module):
     """``jaxgrl.gradient_reversal`` as a layer: no parameters, no rngs, no state.
 
-    Training and evaluation are alike. There are two ways to give it the scale:
+    There are two ways to give it the scale:
 
     - ``layer(x, scale)``, at call time, for a schedule, or any array. It may be traced,
       and wins over the attribute.
-    - ``GradientReversal(scale=0.5)``, a Python number, for a constant. Linen hashes
+    - ``GradientReversal(0.5)``, a Python number, for a constant. Linen hashes
       attributes: each new value traces anew, and an array fails under ``nn.jit``.
 
-    Without a scale the layer reverses at full strength from step 0 on.
-
     Attributes:
-      scale: The strength of the reversal, a number.
+      scale: The strength of the reversal, a number: 1, full strength from step 0 on, by
+        default.
       forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as in
         ``jaxgrl.gradient_reversal``.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from jaxgrl.linen import GradientReversal
-      >>> layer, x = GradientReversal(scale=0.5), jnp.ones(2)
+      >>> import jax, jaxgrl.linen, jax.numpy as jnp
+      >>> layer, x = jaxgrl.linen.GradientReversal(0.5), jnp.ones(2)
       >>> print(layer.apply({}, x), jax.grad(lambda x: layer.apply({}, x).sum())(x))
       [1. 1.] [-0.5 -0.5]
     """
@@ -50,11 +48,9 @@ class GradientReversal(nn.Module):
     forward_mode: bool = False
 
     def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
-        """Returns ``x``; see ``jaxgrl.gradient_reversal``.
+        """Returns ``x``, an array or any pytree; see ``jaxgrl.gradient_reversal``.
 
-        Args:
-          x: An array or any pytree.
-          scale: The strength of the reversal; None takes the attribute.
+        Without ``scale`` the attribute holds.
         """
         scale = self.scale if scale is None else scale
         return gradient_reversal(x, scale, forward_mode=self.forward_mode)
@@ -75,11 +71,10 @@ class DANN(nn.Module):
       activation: As in ``jaxgrl.nnx.DANN``: makes predictions from label logits.
 
     Example:
-      >>> import jax, jax.numpy as jnp
+      >>> import jax, jaxgrl.linen, jax.numpy as jnp
       >>> from flax import linen as nn
-      >>> from jaxgrl.linen import DANN
       >>> features = nn.Sequential([nn.Dense(32), nn.relu])
-      >>> model = DANN(features, nn.Dense(3), nn.Dense(1))
+      >>> model = jaxgrl.linen.DANN(features, nn.Dense(3), nn.Dense(1))
       >>> x = jnp.ones((4, 8))
       >>> params = model.init(jax.random.key(0), x)
       >>> label_logits, domain_logits = model.apply(params, x, 0.5)
@@ -108,7 +103,6 @@ class DANN(nn.Module):
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
           scale: The strength of the reversal, as in ``jaxgrl.nnx.DANN``.
-          **kwargs: Each goes to every module whose call names it, as there:
-            ``train=True`` for example. Under ``nn.jit`` name it in ``static_argnames``.
+          **kwargs: As there. Under ``nn.jit`` name them in ``static_argnames``.
         """
         return apply_dann(self, x, scale, kwargs)

@@ -22,7 +22,7 @@ T = TypeVar("T")
 class GradientReversal(nnx.Module):
     """``jaxgrl.gradient_reversal`` as a layer: no parameters, no rngs, no state.
 
-    Training and evaluation are alike. There are three ways to give it the scale:
+    There are three ways to give it the scale:
 
     - ``layer(x, scale)``, at call time, for a schedule. It may be traced, and wins over
       the constructor's.
@@ -31,19 +31,15 @@ class GradientReversal(nnx.Module):
     - ``GradientReversal(nnx.Variable(jnp.array(0.5)))``, for a value that changes and
       belongs to the model. Setting it does not retrace, and a checkpoint holds it.
 
-    Without a scale the layer reverses at full strength from step 0 on.
-
     Args:
-      scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``. Pass a
-        pytree of several at call time.
+      scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``: 1, full
+        strength from step 0 on, by default. Pass a pytree of several at call time.
       forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as there.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from flax import nnx
-      >>> from jaxgrl.nnx import GradientReversal
-      >>> layer, x = GradientReversal(0.5), jnp.ones(2)
-      >>> print(layer(x), nnx.grad(lambda x: layer(x).sum())(x))
+      >>> import jax, jaxgrl.nnx, jax.numpy as jnp
+      >>> layer, x = jaxgrl.nnx.GradientReversal(0.5), jnp.ones(2)
+      >>> print(layer(x), jax.grad(lambda x: layer(x).sum())(x))
       [1. 1.] [-0.5 -0.5]
     """
 
@@ -52,11 +48,9 @@ class GradientReversal(nnx.Module):
         self.forward_mode = forward_mode
 
     def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
-        """Returns ``x``; see ``jaxgrl.gradient_reversal``.
+        """Returns ``x``, an array or any pytree; see ``jaxgrl.gradient_reversal``.
 
-        Args:
-          x: An array or any pytree.
-          scale: The strength of the reversal; None takes the constructor's.
+        Without ``scale`` that of the constructor holds.
         """
         scale = self.scale if scale is None else scale
         return gradient_reversal(x, scale, forward_mode=self.forward_mode)
@@ -72,13 +66,11 @@ class DANN(nnx.Module):
                                                             -> domain_logits
 
     Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
-    the domain logits to the label loss.
+    the domain logits to the label loss. Under ``jit`` a discriminator whose logits you
+    do not use costs nothing.
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish.
-
-    Both logits are returned in evaluation too. Under ``jit`` a discriminator whose
-    logits you do not use costs nothing.
 
     Args:
       feature_extractor: Maps inputs to features.
@@ -89,33 +81,27 @@ class DANN(nnx.Module):
         discriminator. The predictions receive no gradient, as in the authors' code.
       activation: Makes the predictions from the label logits, in float32 or wider:
         ``jax.nn.softmax`` for ``[batch, ..., C]``; ``jax.nn.sigmoid`` for independent
-        labels and for a binary head ``[batch, ..., 1]``, which becomes the two classes
-        ``1 - p`` and ``p``; or any other callable, such as ``lambda y: y`` for a
-        regression.
+        labels and for a binary head ``[batch, ..., 1]``, which becomes two classes; or
+        another callable, such as ``lambda y: y`` for a regression.
 
     Attributes:
       gradient_reversal: The layer, ``GradientReversal()``. Replace it for another
         default scale or for ``forward_mode=True``.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import jaxgrl.nnx, jax.numpy as jnp
       >>> from flax import nnx
-      >>> from jaxgrl.nnx import DANN
       >>> rngs = nnx.Rngs(0)
-      >>> model = DANN(
-      ...     feature_extractor=nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu),
-      ...     label_classifier=nnx.Linear(32, 3, rngs=rngs),
-      ...     domain_discriminator=nnx.Linear(32, 1, rngs=rngs),
-      ... )
+      >>> features = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu)
+      >>> heads = nnx.Linear(32, 3, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)
+      >>> model = jaxgrl.nnx.DANN(features, *heads)
       >>> label_logits, domain_logits = model(jnp.ones((4, 8)), 0.5)
       >>> print(label_logits.shape, domain_logits.shape)
       (4, 3) (4, 1)
 
     References:
-      Ganin et al., Domain-Adversarial Training of Neural Networks, JMLR 17, 2016,
-      https://jmlr.org/papers/v17/15-239.html
-      Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018,
-      https://arxiv.org/abs/1705.10667
+      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
+      Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
     """
 
     def __init__(

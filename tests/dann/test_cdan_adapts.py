@@ -14,7 +14,6 @@ from flax import nnx
 from jaxgrl import (
     domain_loss,
     multilinear_map,
-    multilinear_matrices,
     randomized_multilinear_map,
 )
 from jaxgrl.nnx import DANN
@@ -69,7 +68,9 @@ def target_accuracy(condition, seen, scale, key, data):
 
 @pytest.mark.parametrize("name, seen", [("whole", WIDTH * 10), ("randomized", 256)])
 def test_cdan_is_above_source_only(name, seen):
-    matrices = multilinear_matrices(jax.random.key(9), WIDTH, 10, seen)
+    keys, shapes = jax.random.split(jax.random.key(9)), ((WIDTH, seen), (10, seen))
+    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
+    matrices = tuple(map(normal, keys, shapes))
 
     def randomized(features, probabilities):
         return randomized_multilinear_map(features, probabilities, matrices)

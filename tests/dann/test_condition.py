@@ -193,8 +193,8 @@ def test_a_head_that_does_not_fit_is_told_what_to_use(
         lambda s: np.ones(s, np.float32), shape, is_leaf=lambda s: isinstance(s, tuple)
     )
     match = (
-        rf"`label_logits` must be \[batch, \.\.\., C\] with {shown}\. Use "
-        r"`activation=jax\.nn\.sigmoid` for a binary head .* "
+        rf"`label_logits` must be \[batch, \.\.\., C\] with {shown}\. For a "
+        r"binary head use `activation=jax\.nn\.sigmoid` .* "
         r"`activation=lambda y: y` for a regression"
     )
     with pytest.raises(ValueError, match=match):

@@ -17,7 +17,6 @@ from jaxgrl import (
     domain_loss,
     gradient_reversal,
     multilinear_map,
-    multilinear_matrices,
     randomized_multilinear_map,
 )
 
@@ -169,8 +168,10 @@ def test_features_and_outputs_of_any_shape():
 
 class RandomizedMap(nnx.Module):
     def __init__(self, key):
-        both = multilinear_matrices(key, 5, 3, 11)
-        self.of_features, self.of_classes = map(nnx.Variable, both)
+        of_features, of_classes = jax.random.split(key)
+        normal = functools.partial(jax.random.normal, dtype=jnp.float32)
+        self.of_features = nnx.Variable(normal(of_features, (5, 11)))
+        self.of_classes = nnx.Variable(normal(of_classes, (3, 11)))
 
     def __call__(self, features, probabilities):
         matrices = self.of_features[...], self.of_classes[...]
