@@ -1,5 +1,6 @@
 """The numbers of the report against ordinary gradients; what is printed and refused."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from report_models import DOMAINS, X, dann, discriminate, label_loss, make_params, total
+from report_models import DOMAINS, X, dann, label_loss, make_params, total
 
 import jaxgrl
 import jaxgrl.nnx
@@ -174,13 +175,22 @@ def test_a_table_is_printed():
     assert "The strength of the reversal is 0.5 x `scale`." in report.notes[0].text
 
 
-def test_many_names_are_shortened():
-    loss = dann(
-        layer=lambda x, s: x,
-        discriminate=lambda p, h, s: gradient_reversal(discriminate(p, h, s), s),
-    )
-    (problem,) = reversal_report(loss, make_params()).problems
-    assert "hidden.bias, hidden.kernel, out.bias and 1 more." in problem.text
+@pytest.mark.parametrize(
+    "count, shown",
+    [(3, "d0, d1, d2. "), (4, "d0, d1, d2 and 1 more. "), (7, "d2 and 4 more. ")],
+)
+def test_many_names_are_shortened(count, shown):
+    heads = {f"d{i}": jnp.float32(1 + i) for i in range(count)}
+
+    def loss(params, scale):
+        features = params["features"] * jnp.array([1.0, 2.0, 3.0, 5.0], jnp.float32)
+        product = functools.reduce(jnp.multiply, (params[name] for name in heads))
+        logits = gradient_reversal(product * features / 1000, scale)  # behind
+        label_loss = jnp.mean(features[:2] ** 2)
+        return label_loss, domain_loss(logits, jnp.array([0, 0, 1, 1])), logits
+
+    (problem,) = reversal_report(loss, heads | {"features": jnp.float32(1)}).problems
+    assert problem.kind == "behind" and shown in problem.text
 
 
 def test_logits_of_any_shape_are_looked_at():
