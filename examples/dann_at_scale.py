@@ -42,16 +42,18 @@ from jaxgrl.nnx import DANN
 
 # 1. The model. LayerNorm, not BatchNorm: that one would couple the devices.
 class Block(nnx.Module):
-    """A convolution with stride 2, layer normalisation and relu."""
+    """A convolution with stride 2 and relu."""
 
     def __init__(self, inputs, outputs, dtype, rngs):
+        he = nnx.initializers.he_normal()
         kernel, strides = (3, 3), (2, 2)
-        self.conv = nnx.Conv(inputs, outputs, kernel, strides, dtype=dtype, rngs=rngs)
-        self.norm = nnx.LayerNorm(outputs, dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(
+            inputs, outputs, kernel, strides, dtype=dtype, kernel_init=he, rngs=rngs
+        )
 
     def __call__(self, x):
         """Maps [batch, n, n, inputs] to [batch, n / 2, n / 2, outputs]."""
-        return nnx.relu(self.norm(self.conv(x)))
+        return nnx.relu(self.conv(x))
 
 
 def make_model(channels, classes, dtype, remat, rngs):
@@ -102,11 +104,12 @@ def loss_fn(model, batch, scale):
 def make_training(args, shape, classes):
     """Returns the abstract state, a function that creates it, and a training step."""
     schedule = jaxgrl.dann_schedule(args.steps, end_value=args.scale)
+    rate = jaxgrl.dann_learning_rate(0.03, transition_steps=args.steps)
 
     def create():
         rngs = nnx.Rngs(args.seed)
         model = make_model(shape[-1], classes, args.dtype, args.remat, rngs)
-        return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+        return model, nnx.Optimizer(model, optax.sgd(rate, momentum=0.9), wrt=nnx.Param)
 
     graphdef, abstract = nnx.split(nnx.eval_shape(create))
 
