@@ -85,9 +85,10 @@ def loss_fn(model, batch, scale):
     n = len(images)
     domains = jnp.tile(jnp.array([0, 1]), n)  # source 0, target 1
     label_logits, domain_logits = model(images.reshape(2 * n, *images.shape[2:]), scale)
-    source_logits = label_logits.reshape(n, 2, -1)[:, 0].astype(jnp.float32)
+    source_logits = label_logits.reshape(n, 2, -1)[:, 0]
+    wide = jnp.promote_types(source_logits.dtype, jnp.float32)
     label_loss = optax.losses.softmax_cross_entropy_with_integer_labels(
-        source_logits, batch["labels"]
+        source_logits.astype(wide), batch["labels"]
     ).mean()
     domain_loss = jaxgrl.domain_loss(domain_logits, domains)
     loss = label_loss + domain_loss
@@ -104,7 +105,7 @@ def loss_fn(model, batch, scale):
 def make_training(args, shape, classes):
     """Returns the abstract state, a function that creates it, and a training step."""
     schedule = jaxgrl.dann_schedule(args.steps, end_value=args.scale)
-    rate = jaxgrl.dann_learning_rate(0.03, transition_steps=args.steps)
+    rate = jaxgrl.dann_learning_rate(0.01, transition_steps=args.steps)
 
     def create():
         rngs = nnx.Rngs(args.seed)

@@ -25,8 +25,8 @@ class Domains(NamedTuple):
       fingerprint: Names the data in a checkpoint, so that no other data follow it.
     """
 
-    source: Sequence[Any]
-    target: Sequence[Any]
+    source: Any
+    target: Any
     shape: tuple[int, int, int]
     classes: int
     fingerprint: str
@@ -111,18 +111,19 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
         refuse(f"--data must hold images in target, got none in {path / 'target'}")
     size, mode, digest = (0, 0), "", hashlib.sha256()
     for file in (*source, *target):
+        found = (0, 0)
         try:
             with Image.open(file) as image:
-                size = size if mode else image.size
-                mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
                 found = image.size
+                size = size if mode else found
+                mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
         except OSError:
             refuse(f"--data must hold images, got {file}")
         if found != size:
             rule = f"images of one size, {size[0]} x {size[1]}"
             refuse(f"--data must hold {rule}, got {found[0]} x {found[1]} in {file}")
         digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
-    labels = np.int32([classes.index(name) for name in names])
+    labels = np.array([classes.index(name) for name in names], np.int32)
     shape = size[1], size[0], 3 if mode == "RGB" else 1
     name = f"files {digest.hexdigest()[:16]}"
     pairs = Labelled(Files(source, mode), labels)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -19,7 +20,7 @@ from .run import parse
 
 SAVED = 75  # EX_TEMPFAIL: stopped by SIGTERM with everything saved, to be resumed
 DEFAULTS = {
-    "steps": 1000,
+    "steps": 2000,
     "batch_size": 64,
     "checkpoint_every": 20,
     "dtype": "float32",
@@ -232,7 +233,7 @@ def sha256(state: Any, *texts: str) -> str:
     """Returns a digest of every name, shape, dtype and bit of a replicated state."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf.addressable_data(0))
         name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
