@@ -33,7 +33,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.domains import read_domains
-from support.scale import SAVED, Folder, Metrics, read_options, sha256
+from support.scale import SAVED, Folder, Metrics, read_options, run_to_end, sha256
 from tqdm import tqdm
 
 import jaxgrl
@@ -101,11 +101,14 @@ def loss_fn(model, batch, scale):
     return loss, metrics
 
 
-# 3. The training step, a pure function of the whole state and a batch.
-def make_training(args, shape, classes):
-    """Returns the abstract state, a function that creates it, and a training step."""
+# 3. The training step, a pure function of the whole state and a batch, and where its
+#    arrays are: the state on every device, a pair of the batch on one of them.
+def make_training(args, shape, classes, devices):
+    """Returns the abstract state, a function that creates it, a step, a sharding."""
     schedule = jaxgrl.dann_schedule(args.steps, end_value=args.scale)
     rate = jaxgrl.dann_learning_rate(0.01, transition_steps=args.steps)
+    mesh = Mesh(np.array(devices), ("data",))
+    replicated, by_pair = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     def create():
         rngs = nnx.Rngs(args.seed)
@@ -113,16 +116,20 @@ def make_training(args, shape, classes):
         return model, nnx.Optimizer(model, optax.sgd(rate, momentum=0.9), wrt=nnx.Param)
 
     graphdef, abstract = nnx.split(nnx.eval_shape(create))
+    abstract = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), abstract
+    )
 
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated)
     def train_step(state, batch):
         model, optimizer = nnx.merge(graphdef, state)
         scale = schedule(optimizer.step[...])  # no counter of our own: it is restored
-        gradient = nnx.grad(loss_fn, has_aux=True)
-        grads, metrics = gradient(model, batch, scale)
+        grads, metrics = nnx.grad(loss_fn, has_aux=True)(model, batch, scale)
         optimizer.update(model, grads)
         return nnx.state((model, optimizer)), metrics
 
-    return abstract, lambda: nnx.state(create()), train_step
+    init = jax.jit(lambda: nnx.state(create()), out_shardings=replicated)
+    return abstract, init, train_step, by_pair
 
 
 # 4. The input. The order is one of pairs, for all processes; each reads its rows of
@@ -160,27 +167,24 @@ def save(manager, step, state, batches, configuration):
     )
 
 
-def restore(manager, step, like, batches, folder, refuse):
-    """Returns the state of a checkpoint and moves the input to its position."""
+def restore(manager, like, batches, folder, refuse):
+    """Returns the last step, its state, and moves the input to its position."""
+    step = manager.latest_step()
+    parts = {"state": ocp.args.StandardRestore(like), "facts": ocp.args.JsonRestore()}
     try:
-        found = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like), facts=ocp.args.JsonRestore()
-            ),
-        )
-        facts = found.facts
+        state, facts = manager.restore(step, args=ocp.args.Composite(**parts)).values()
         digest = facts.pop("sha256")
-        assert digest == sha256(found.state, json.dumps(facts, sort_keys=True))
+        if digest != sha256(state, json.dumps(facts, sort_keys=True)):
+            raise ValueError("other content than was saved")
     except Exception as error:
-        path = folder.checkpoints / str(step)
+        path, got = folder.checkpoints / str(step), str(error)[:200]
         sys.exit(
-            f"The checkpoint {path} must be whole, got {type(error).__name__}: "
-            f"{str(error)[:200]}\nRemove it to go on from the one before."
+            f"{path} must be a whole checkpoint, got {type(error).__name__}: {got}\n"
+            "Remove it to go on from the one before."
         )
     folder.compare(facts["configuration"], refuse)
     batches.set_state(facts["input"])
-    return found.state
+    return step, state
 
 
 def main():
@@ -200,55 +204,42 @@ def main():
     if args.batch_size % len(devices):
         rule = f"a multiple of the {len(devices)} devices"
         args.refuse(f"--batch-size must be {rule}, got {args.batch_size}")
-    mesh = Mesh(np.array(devices), ("data",))
-    replicated, by_pair = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-
-    abstract, create, train_step = make_training(args, domains.shape, domains.classes)
-    train_step = jax.jit(train_step, donate_argnums=0, out_shardings=replicated)
-    batches = make_input(
-        domains, args.batch_size, args.seed, jax.process_index(), jax.process_count()
+    abstract, init, train_step, by_pair = make_training(
+        args, domains.shape, domains.classes, devices
     )
+    process, processes = jax.process_index(), jax.process_count()
+    batches = make_input(domains, args.batch_size, args.seed, process, processes)
+    put = functools.partial(jax.make_array_from_process_local_data, by_pair)
     folder = Folder(args, domains.fingerprint)
-    folder.catch_sigterm()
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(3),
         cleanup_tmp_directories=True,
     )
     with ocp.CheckpointManager(folder.checkpoints, options=options) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            like = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
-                abstract,
-            )
-            state = restore(manager, start, like, batches, folder, args.refuse)
+        if manager.latest_step():
+            step, state = restore(manager, abstract, batches, folder, args.refuse)
         else:
-            state = jax.jit(create, out_shardings=replicated)()
-        quiet, stop = jax.process_index() > 0, False
-        steps = range(start + 1, args.steps + 1)
-        bar = tqdm(steps, initial=start, total=args.steps, disable=quiet)
-        with Metrics(folder, start) as metrics:
+            step, state = 0, init()
+        todo = range(step + 1, args.steps + 1)
+        bar = tqdm(todo, initial=step, total=args.steps, disable=process > 0 or None)
+        with Metrics(folder, step) as metrics:
             for step in bar:
-                batch = jax.tree.map(
-                    functools.partial(jax.make_array_from_process_local_data, by_pair),
-                    next(batches),
-                )
-                state, found = train_step(state, batch)
+                state, found = train_step(state, jax.tree.map(put, next(batches)))
                 metrics.add(step, found)
                 stop = folder.must_stop(step)
                 if stop or step % args.checkpoint_every == 0 or step == args.steps:
-                    metrics.sync()  # before the checkpoint: it must not know more
+                    metrics.sync()  # first: a checkpoint must not be ahead of them
                     save(manager, step, state, batches, folder.configuration)
                 if stop:
                     break
         manager.wait_until_finished()
-    if stop:
-        print(f"SIGTERM: saved step {bar.n} in {folder.path}", file=sys.stderr)
+    if step < args.steps:
+        print(f"SIGTERM: saved step {step} in {folder.path}", file=sys.stderr)
         sys.exit(SAVED)
-    if not quiet:
+    if process == 0:
         print(f"Saved in {folder.path}")
         print(f"sha256 of the final state: {sha256(state)}")
 
 
 if __name__ == "__main__":
-    main()
+    run_to_end(main)

@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,8 +112,9 @@ def _read_configuration(args: argparse.Namespace) -> dict[str, Any]:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         known = {k: type(v) for k, v in (DEFAULTS | {"data": ""}).items()}
-        assert {k: type(v) for k, v in saved.items()} == known
-    except (OSError, ValueError, AttributeError, AssertionError) as error:
+        if {k: type(v) for k, v in saved.items()} != known:
+            raise ValueError(f"{file} is of another kind")
+    except (OSError, ValueError, AttributeError) as error:
         args.refuse(f"--resume must be the folder of a run, got {args.resume}: {error}")
         raise
     return saved
@@ -153,6 +155,8 @@ class Folder:
             draft.rename(self.path)
         multihost_utils.sync_global_devices("the folder is there")
         self._stop = False
+        if jax.process_count() == 1:  # in several, JAX catches it
+            signal.signal(signal.SIGTERM, self._request_stop)
 
     def compare(self, saved: Mapping[str, Any], refuse: Callable[[str], Any]) -> None:
         """Refuses a configuration that is not the one of this run."""
@@ -161,14 +165,8 @@ class Folder:
                 option = name.replace("_", "-")
                 refuse(f"--{option} must be {saved[name]} as in the run, got {value}")
 
-    def catch_sigterm(self) -> None:
-        """Makes SIGTERM a request to save; in several processes JAX catches it."""
-
-        def stop(*_: Any) -> None:
-            self._stop = True
-
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, stop)
+    def _request_stop(self, *_: Any) -> None:
+        self._stop = True
 
     def must_stop(self, step: int) -> bool:
         """Returns whether SIGTERM came; every process says so at the same step."""
@@ -241,3 +239,20 @@ def sha256(state: Any, *texts: str) -> str:
     for text in texts:
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def run_to_end(main: Callable[[], Any]) -> None:
+    """Runs a program of one or several processes; one that fails ends the others."""
+    try:
+        main()
+    except BaseException as error:
+        saved = isinstance(error, SystemExit) and error.code == SAVED
+        if saved or not jax.distributed.is_initialized():
+            raise
+        # The ordinary way out would wait for the others, and they for this one.
+        if isinstance(error, SystemExit):
+            print(error.code, file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
