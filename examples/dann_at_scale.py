@@ -40,36 +40,37 @@ import jaxgrl
 from jaxgrl.nnx import DANN
 
 
-# 1. The model. LayerNorm, not BatchNorm: that one would couple the devices.
-class Block(nnx.Module):
-    """A convolution with stride 2 and relu."""
+# 1. The model. Without BatchNorm, which would couple the devices in every layer.
+def convolve(conv, x):
+    """Returns the features of one block, [batch, n / 2, n / 2, channels]."""
+    return nnx.relu(conv(x))
 
-    def __init__(self, inputs, outputs, dtype, rngs):
-        he = nnx.initializers.he_normal()
-        kernel, strides = (3, 3), (2, 2)
-        self.conv = nnx.Conv(
-            inputs, outputs, kernel, strides, dtype=dtype, kernel_init=he, rngs=rngs
-        )
+
+class Block(nnx.Module):
+    """A convolution with stride 2 and relu; with remat it is recomputed backward."""
+
+    def __init__(self, inputs, outputs, dtype, remat, rngs):
+        he, rest = nnx.initializers.he_normal(), {"dtype": dtype, "rngs": rngs}
+        self.conv = nnx.Conv(inputs, outputs, (3, 3), (2, 2), kernel_init=he, **rest)
+        # The module is an argument: what a closure hides from jax.checkpoint gets no
+        # gradient.
+        self.apply = nnx.remat(convolve) if remat else convolve
 
     def __call__(self, x):
         """Maps [batch, n, n, inputs] to [batch, n / 2, n / 2, outputs]."""
-        return nnx.relu(self.conv(x))
+        return self.apply(self.conv, x)
 
 
 def make_model(channels, classes, dtype, remat, rngs):
     """Returns a DANN for images of any size."""
     linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
     sizes = (channels, 32), (32, 64), (64, 128)
-    blocks = [Block(*size, dtype, rngs) for size in sizes]
-    if remat:  # jax.checkpoint: only what is between two blocks is stored
-        blocks = [functools.partial(nnx.remat(Block.__call__), b) for b in blocks]
+    blocks = [Block(*size, dtype, remat, rngs) for size in sizes]
+    dropout = nnx.Dropout(0.1, rngs=rngs)
     return DANN(
         feature_extractor=nnx.Sequential(*blocks, lambda x: x.mean(axis=(1, 2))),
         label_classifier=nnx.Sequential(
-            linear(128, 128),
-            nnx.relu,
-            nnx.Dropout(0.1, rngs=rngs),
-            linear(128, classes),
+            linear(128, 128), nnx.relu, dropout, linear(128, classes)
         ),
         domain_discriminator=nnx.Sequential(linear(128, 128), nnx.relu, linear(128, 1)),
     )
@@ -83,10 +84,11 @@ def loss_fn(model, batch, scale):
     if images.dtype == jnp.uint8:
         images = images / jnp.float32(255)
     n = len(images)
-    domains = jnp.tile(jnp.array([0, 1]), n)  # source 0, target 1
+    domains = jnp.array([[0, 1]])  # of every pair: source 0, target 1
     label_logits, domain_logits = model(images.reshape(2 * n, *images.shape[2:]), scale)
     source_logits = label_logits.reshape(n, 2, -1)[:, 0]
     wide = jnp.promote_types(source_logits.dtype, jnp.float32)
+    domain_logits = domain_logits.reshape(n, 2)
     label_loss = optax.losses.softmax_cross_entropy_with_integer_labels(
         source_logits.astype(wide), batch["labels"]
     ).mean()
