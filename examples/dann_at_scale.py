@@ -82,7 +82,7 @@ def loss_fn(model, batch, scale):
     """Returns the loss and its parts for a batch of pairs."""
     images = batch["images"]
     if images.dtype == jnp.uint8:
-        images = images / jnp.float32(255)
+        images = images.astype(jnp.float32) / 255
     n = len(images)
     domains = jnp.array([[0, 1]])  # of every pair: source 0, target 1
     label_logits, domain_logits = model(images.reshape(2 * n, *images.shape[2:]), scale)
@@ -174,7 +174,8 @@ def restore(manager, like, batches, folder, refuse):
     step = manager.latest_step()
     parts = {"state": ocp.args.StandardRestore(like), "facts": ocp.args.JsonRestore()}
     try:
-        state, facts = manager.restore(step, args=ocp.args.Composite(**parts)).values()
+        found = manager.restore(step, args=ocp.args.Composite(**parts))
+        state, facts = found.state, found.facts
         digest = facts.pop("sha256")
         if digest != sha256(state, json.dumps(facts, sort_keys=True)):
             raise ValueError("other content than was saved")

@@ -104,6 +104,8 @@ def _check_processes(args: argparse.Namespace) -> None:
         args.refuse(f"--process-id must be {rule}, got {args.process_id}")
     if not (args.output or args.resume):
         args.refuse("--output must be given to several processes, got none")
+    several = f"{args.num_processes} processes at {args.coordinator}"
+    print(f"Waiting up to {args.timeout} s for {several}", file=sys.stderr)
 
 
 def _read_configuration(args: argparse.Namespace) -> dict[str, Any]:
@@ -129,6 +131,8 @@ class Folder:
       configuration: What determines the result, and is in every checkpoint.
     """
 
+    made: list[pathlib.Path] = []  # noqa: RUF012
+
     def __init__(self, args: argparse.Namespace, data: str):
         """Checks an old folder against the options, or makes a new one.
 
@@ -137,6 +141,7 @@ class Folder:
           data: The fingerprint of the data.
         """
         self.path = args.folder.resolve()
+        Folder.made.append(self.path)
         self.checkpoints = self.path / "checkpoints"
         options = {name: getattr(args, name) for name in DEFAULTS} | {"data": data}
         self.configuration = {k: v for k, v in options.items() if k not in FREE}
@@ -246,6 +251,8 @@ def run_to_end(main: Callable[[], Any]) -> None:
     try:
         main()
     except BaseException as error:
+        for folder in Folder.made:
+            error.add_note(f"What was saved is whole: go on with --resume {folder}")
         saved = isinstance(error, SystemExit) and error.code == SAVED
         if saved or not jax.distributed.is_initialized():
             raise
