@@ -1,6 +1,6 @@
 """DANN at scale in real processes: killed, stopped, on a full disk, and left alone.
 
-JAXGRL_KILLS sets the number of kills, 2 if absent.
+JAXGRL_KILLS=20 adds that many kills at random moments, and the slower forms.
 """
 
 import json
@@ -23,20 +23,33 @@ APART = "tests/scripts/domains_apart.py"
 OPTIONS = ("--batch-size", "16", "--checkpoint-every", "2")
 STEPS = 60
 LIMIT = 180  # seconds for any process of these tests; each takes about 10
-KILLS = int(os.environ.get("JAXGRL_KILLS", "2"))
+KILLS = int(os.environ.get("JAXGRL_KILLS", "0"))
+long = pytest.mark.skipif(not KILLS, reason="minutes long: JAXGRL_KILLS is not set")
+started = []
 
 
-def start(*options, script=SCRIPT, devices=1, **arguments):
+@pytest.fixture(autouse=True)
+def _no_process_is_left():
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    started.clear()
+
+
+def start(*options, script=SCRIPT, devices=1):
     """Returns a running process of a script."""
     flag = f"--xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, *WARNINGS, ROOT / script, *map(str, options)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT | {"XLA_FLAGS": flag},
-        **arguments,
     )
+    started.append(process)
+    return process
 
 
 def end(process):
@@ -94,36 +107,27 @@ def same(run, process, undisturbed):
     assert (run / "metrics.jsonl").read_bytes() == undisturbed[1]
 
 
+@long
 def test_kill_minus_nine_at_random_moments_loses_nothing(tmp_path, undisturbed):
     seed = time.time_ns() % 2**32
     rng, in_checkpoint, steps = np.random.default_rng(seed), 0, []
-    run, number = tmp_path / "0", 0
-    for kill in range(KILLS):
+    run, kills = tmp_path / "0", 0
+    while kills < KILLS:
         # A run is killed again and again, until it comes through.
-        options = (
-            ("--resume", run) if run.exists() else ("--output", run, "--steps", STEPS)
-        )
-        if not run.exists():
-            process = start(*options, *OPTIONS)
-        else:
-            process = start(*options)
-        wait = rng.uniform(0, 1.1 * undisturbed[2])
+        new = ("--output", run, "--steps", STEPS, *OPTIONS)
+        process = start(*(("--resume", run) if run.exists() else new))
         try:
-            process.wait(timeout=wait)
+            process.wait(timeout=rng.uniform(0, 1.1 * undisturbed[2]))
         except subprocess.TimeoutExpired:
             process.kill()
-        end(process)
-        if process.returncode == 0 or kill == KILLS - 1:
-            if run.exists():
-                in_checkpoint += any("tmp" in p.name for p in run.rglob("*"))
-                steps.append(len(rows(run)))
-                same(run, start("--resume", run), undisturbed)
-            number += 1
-            run = tmp_path / str(number)
-        elif run.exists():
+            kills += 1
             in_checkpoint += any("tmp" in p.name for p in run.rglob("*"))
             steps.append(len(rows(run)))
-    print(f"{KILLS} kills, {in_checkpoint} in a checkpoint, at steps {steps}; {seed=}")
+        end(process)
+        if run.exists() and (process.returncode == 0 or kills == KILLS):
+            same(run, start("--resume", run), undisturbed)
+            run = tmp_path / str(kills)
+    print(f"{kills} kills, {in_checkpoint} in a checkpoint, at steps {steps}; {seed=}")
 
 
 def test_a_kill_while_training_loses_nothing(tmp_path, undisturbed):
@@ -193,13 +197,14 @@ def listening(port):
     }
 
 
-@pytest.mark.parametrize("script", [SCRIPT, APART])
+@pytest.mark.parametrize("script", [APART, pytest.param(SCRIPT, marks=long)])
 def test_two_processes_stop_together_and_end_as_one_device(tmp_path, port, script):
     runs = [tmp_path / "two", tmp_path / "one"]
     options = ("--steps", 100, "--batch-size", 16)
     processes = pair(port, "--output", runs[0], *options, script=script)
     wait_for(runs[0], 12, *processes)
-    assert listening(port) == {"0100007F"}  # where the user said, not everywhere
+    # Where the user said, 127.0.0.1, and not everywhere.
+    assert {address[-8:] for address in listening(port)} == {"0100007F"}
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:
         end(process)
@@ -224,7 +229,7 @@ def test_two_processes_stop_together_and_end_as_one_device(tmp_path, port, scrip
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-2)  # rounding grows
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=long)])
 def test_a_process_that_dies_ends_the_other_within_the_timeout(tmp_path, port, lost):
     run = tmp_path / "run"
     options = ("--output", run, "--steps", 5000, *OPTIONS)
@@ -236,10 +241,10 @@ def test_a_process_that_dies_ends_the_other_within_the_timeout(tmp_path, port, l
     assert time.monotonic() - began < 10 + 20
     assert processes[1 - lost].returncode not in (0, 75)
     assert "another task died" in errors or "Gloo" in errors
-    end(processes[lost])
     assert any(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
 
 
+@long
 def test_a_process_that_never_arrives_is_not_awaited_for_ever(tmp_path, port):
     options = ("--num-processes", 2, "--process-id", 0, "--timeout", 5)
     began = time.monotonic()
