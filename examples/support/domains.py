@@ -1,0 +1,178 @@
+"""Images of a labelled source and an unlabelled target: digits, folders or arrays."""
+
+import hashlib
+import pathlib
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.ndimage
+import sklearn.datasets
+from PIL import Image
+
+SUFFIXES = {".png", ".jpg", ".jpeg"}
+
+
+class Domains(NamedTuple):
+    """Two sequences of images, and what a network for them must know.
+
+    Attributes:
+      source: Gives ``(image, label)`` for an index.
+      target: Gives ``image`` for an index.
+      shape: Of an image, height, width and channels.
+      classes: The number of labels.
+      fingerprint: Names the data in a checkpoint, so that no other data follow it.
+    """
+
+    source: Any
+    target: Any
+    shape: tuple[int, int, int]
+    classes: int
+    fingerprint: str
+
+
+class Labelled:
+    """Images with their labels, as pairs."""
+
+    def __init__(self, images: Any, labels: Any):
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        """Returns the number of pairs."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns an image and its label."""
+        return self.images[index], self.labels[index]
+
+
+class Files:
+    """Images that are read when they are asked for."""
+
+    def __init__(self, paths: Sequence[pathlib.Path], mode: str):
+        self.paths, self.mode = paths, mode
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns an image [height, width, channels] of bytes."""
+        with Image.open(self.paths[index]) as image:
+            pixels = np.asarray(image.convert(self.mode))
+        return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def read_domains(path: pathlib.Path | None, refuse: Callable[[str], Any]) -> Domains:
+    """Returns the images at a path, or scikit-learn's digits if it is None.
+
+    Args:
+      path: A folder with ``source/CLASS/*.png`` and ``target/**/*.png`` (or .jpg), or a
+        NumPy archive (.npz) of ``source`` and ``target``, both [n, height, width] or
+        [n, height, width, channels], and ``source_labels`` [n].
+      refuse: Is called with what is wrong with it, and does not return.
+    """
+    if path is None:
+        return _digits()
+    if path.is_dir():
+        return _folders(path, refuse)
+    if not path.is_file():
+        refuse(f"--data must be a folder or a file of arrays, got {path}")
+    return _arrays(path, refuse)
+
+
+def _digits() -> Domains:
+    """Returns digits of 32 x 32 pixels: upright 1000, and 797 others rotated."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    large = scipy.ndimage.zoom(images.reshape(-1, 8, 8), (1, 4, 4), order=1)
+    turned = scipy.ndimage.rotate(large[1000:], 25, (2, 1), reshape=False, order=1)
+    source, target = (
+        np.uint8(x[..., None] * (255 / 16)) for x in (large[:1000], turned)
+    )
+    pairs = Labelled(source, labels[:1000].astype(np.int32))
+    return Domains(pairs, target, (32, 32, 1), 10, "digits")
+
+
+def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
+    """Returns the images of a folder; each file's header is read, and no pixel."""
+
+    def images(folder: pathlib.Path) -> list[pathlib.Path]:
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        return sorted(p for p in found if p.is_file())
+
+    source, target = images(path / "source"), images(path / "target")
+    names = [p.relative_to(path / "source").parts[0] for p in source]
+    classes = sorted(set(names))
+    if len(classes) < 2 or any(p.parent == path / "source" for p in source):
+        rule = "source/CLASS/*.png of 2 or more classes"
+        refuse(f"--data must hold {rule}, got {len(classes)} in {path / 'source'}")
+    if not target:
+        refuse(f"--data must hold images in target, got none in {path / 'target'}")
+    size, mode, digest = (0, 0), "", hashlib.sha256()
+    for file in (*source, *target):
+        found = (0, 0)
+        try:
+            with Image.open(file) as image:
+                found = image.size
+                size = size if mode else found
+                mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
+        except OSError:
+            refuse(f"--data must hold images, got {file}")
+        if found != size:
+            rule = f"images of one size, {size[0]} x {size[1]}"
+            refuse(f"--data must hold {rule}, got {found[0]} x {found[1]} in {file}")
+        digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+    labels = np.array([classes.index(name) for name in names], np.int32)
+    shape = size[1], size[0], 3 if mode == "RGB" else 1
+    name = f"files {digest.hexdigest()[:16]}"
+    pairs = Labelled(Files(source, mode), labels)
+    return Domains(pairs, Files(target, mode), shape, len(classes), name)
+
+
+def _arrays(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
+    """Returns the images of a NumPy archive."""
+    found: dict[str, Any] = {}
+    try:
+        # Without pickles: a file of them runs what its author wants.
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        refuse(f"--data must be a NumPy archive of plain arrays, got {path}: {error}")
+    keys = ("source", "source_labels", "target")
+    if not set(keys) <= set(found):
+        got = ", ".join(found) or "none"
+        refuse(f"--data must hold {', '.join(keys)}, got {got} in {path}")
+    source, labels, target = (found[key] for key in keys)
+    shapes = source.shape, labels.shape, target.shape
+    fits = source.ndim in (3, 4) and target.shape[1:] == source.shape[1:]
+    if (
+        not fits
+        or labels.shape != source.shape[:1]
+        or not all(map(np.size, (source, target)))
+    ):
+        rule = "source and target [n, height, width(, channels)] and source_labels [n]"
+        refuse(f"--data must hold {rule}, got {shapes} in {path}")
+    for name, images in (("source", source), ("target", target)):
+        is_float = np.issubdtype(images.dtype, np.floating)
+        if not (images.dtype == np.uint8 or (is_float and np.isfinite(images).all())):
+            rule = f"bytes or finite floats in {name}"
+            refuse(f"--data must hold {rule}, got {images.dtype} in {path}")
+    if source.dtype != target.dtype:
+        rule = "source and target of one dtype"
+        refuse(f"--data must hold {rule}, got {source.dtype} and {target.dtype}")
+    classes = len(np.unique(labels))
+    if classes < 2 or set(np.unique(labels).tolist()) != set(range(classes)):
+        rule = "source_labels 0 to C - 1 of 2 or more classes"
+        refuse(f"--data must hold {rule}, got {np.unique(labels)[:10]} in {path}")
+    digest = hashlib.sha256()
+    for array in (source, labels, target):
+        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+    if source.ndim == 3:
+        source, target = source[..., None], target[..., None]
+    if source.dtype != np.uint8:
+        source, target = source.astype(np.float32), target.astype(np.float32)
+    height, width, channels = source.shape[1:]
+    name = f"arrays {digest.hexdigest()[:16]}"
+    pairs = Labelled(source, labels.astype(np.int32))
+    return Domains(pairs, target, (height, width, channels), classes, name)
