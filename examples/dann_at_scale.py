@@ -140,17 +140,18 @@ def make_input(domains, batch_size, seed, process, processes):
     """Returns an iterator over this process's part of the global batches."""
 
     def endless(examples, seed):
-        return grain.MapDataset.source(examples).shuffle(seed=seed).repeat()
+        return grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat()
 
-    def stack(pair):
-        (source, label), target = pair
-        return {"images": np.stack([source, target]), "labels": label}
+    def load(indices):
+        images, labels = domains.source[indices[0]]
+        pairs = np.stack([images, domains.target[indices[1]]], axis=1)
+        return {"images": pairs, "labels": labels}
 
     pairs = grain.experimental.ZipMapDataset(
         [endless(domains.source, 2 * seed), endless(domains.target, 2 * seed + 1)]
     )
     # Batched, then sliced: process p has the rows that follow those of p - 1.
-    batches = pairs.map(stack).batch(batch_size // processes)[process::processes]
+    batches = pairs.batch(batch_size // processes)[process::processes].map(load)
     return iter(batches.to_iter_dataset())
 
 

@@ -18,8 +18,8 @@ class Domains(NamedTuple):
     """Two sequences of images, and what a network for them must know.
 
     Attributes:
-      source: Gives ``(image, label)`` for an index.
-      target: Gives ``image`` for an index.
+      source: Gives images and labels for an array of indices.
+      target: Gives images for an array of indices.
       shape: Of an image, height, width and channels.
       classes: The number of labels.
       fingerprint: Names the data in a checkpoint, so that no other data follow it.
@@ -42,8 +42,8 @@ class Labelled:
         """Returns the number of pairs."""
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> Any:
-        """Returns an image and its label."""
+    def __getitem__(self, index: Any) -> Any:
+        """Returns images and their labels."""
         return self.images[index], self.labels[index]
 
 
@@ -57,8 +57,10 @@ class Files:
         """Returns the number of images."""
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Any:
-        """Returns an image [height, width, channels] of bytes."""
+    def __getitem__(self, index: Any) -> Any:
+        """Returns images [..., height, width, channels] of bytes."""
+        if np.ndim(index):
+            return np.stack([self[i] for i in index])
         with Image.open(self.paths[index]) as image:
             pixels = np.asarray(image.convert(self.mode))
         return pixels.reshape(*pixels.shape[:2], -1)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import re
@@ -171,6 +172,8 @@ def restored(folder, abstract, expected):
     return "right"
 
 
+# Orbax leaves reads behind that failed, or that it no longer awaits.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_broken_checkpoint_is_refused_and_never_read_as_another(tmp_path):
     (abstract, init, _, _), _ = training(1)
     state, good, bad = init(), tmp_path / "good", tmp_path / "bad"
@@ -203,6 +206,7 @@ def test_a_broken_checkpoint_is_refused_and_never_read_as_another(tmp_path):
         "refused"
     }
     print(len(outcomes), "damages,", [*outcomes.values()].count("refused"), "refused")
+    gc.collect()  # what was left behind, in this test and in no other
 
 
 def test_a_flipped_number_is_found_even_where_the_format_finds_nothing(tmp_path):

@@ -5,6 +5,7 @@ JAXGRL_KILLS=20 adds that many kills at random moments, and the slower forms.
 
 import json
 import os
+import pathlib
 import re
 import resource
 import signal
@@ -188,7 +189,7 @@ def listening(port):
     lines = [
         line.split()
         for name in ("tcp", "tcp6")
-        for line in open(f"/proc/net/{name}").readlines()[1:]
+        for line in pathlib.Path(f"/proc/net/{name}").read_text().splitlines()[1:]
     ]
     return {
         line[1].split(":")[0]
