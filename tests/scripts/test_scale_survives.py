@@ -33,9 +33,10 @@ started = []
 def _no_process_is_left():
     yield
     for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
     started.clear()
 
 
