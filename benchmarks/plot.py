@@ -207,7 +207,7 @@ def draw_training(data: dict[str, Any], path: pathlib.Path) -> None:
             panels.setdefault(title, []).append(row)
     figure = Figure(figsize=(11, 3.4 * -(-len(panels) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
-    for axis, (title, rows) in zip(axes, panels.items(), strict=False):
+    for (title, rows), axis in zip(panels.items(), axes, strict=False):
         sweep = rows[0]["what"] == "sweep"
         names = [row["trainer"] for row in rows]
         values = [row["sweep s"] if sweep else 1e6 / row["steps/s"] for row in rows]
