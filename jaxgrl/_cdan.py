@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._checks import check_floating
+from ._checks import as_array, check_floating, check_size
 from ._domain_metrics import members, of_own_domain, sum_by_domain
 from ._dtypes import at_least_float32
 from ._entropy import check_classes, entropy, log_probabilities
@@ -75,7 +75,8 @@ def multilinear_matrices(
       ``[F, D]`` and ``[C, D]``, float32, independent standard normal.
 
     Raises:
-      ValueError: If a size is not positive.
+      ValueError: If a size is not a whole number, 1 or more.
+      TypeError: If ``key`` is no PRNG key.
 
     Example:
       >>> import jax
@@ -94,9 +95,11 @@ def multilinear_matrices(
         "output_dim": output_dim,
     }
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"`{name}` must be 1 or more, got {size}.")
-    keys = jax.random.split(key)
+        check_size(name, size, 1)
+    try:
+        keys = jax.random.split(key)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`key` must be a PRNG key, got {key!r}.") from error
     return (
         jax.random.normal(keys[0], (num_features, output_dim), jnp.float32),
         jax.random.normal(keys[1], (num_classes, output_dim), jnp.float32),
@@ -142,7 +145,12 @@ def randomized_multilinear_map(
       https://arxiv.org/abs/1705.10667
     """
     f, p, dtype = _checked(features, probabilities)
-    rf, rp = (jax.lax.stop_gradient(jnp.asarray(m)) for m in matrices)
+    try:
+        rf, rp = matrices
+    except (TypeError, ValueError) as error:
+        kind = type(matrices).__name__
+        raise TypeError(f"`matrices` must be two arrays, got {kind}.") from error
+    rf, rp = (lax.stop_gradient(as_array("matrices", m)) for m in (rf, rp))
     for matrix in (rf, rp):
         check_floating("matrices", matrix)
     fits = rf.ndim == rp.ndim == 2 and rf.shape[1:] == rp.shape[1:]
@@ -206,7 +214,7 @@ def entropy_weights(
       Long et al., Conditional Adversarial Domain Adaptation, NeurIPS 2018, section 3.3,
       https://arxiv.org/abs/1705.10667
     """
-    logits = jnp.asarray(label_logits)
+    logits = as_array("label_logits", label_logits)
     check_floating("label_logits", logits)
     otherwise = (
         "A regression head has no entropy: leave `weights` out of `domain_loss`. Under "
@@ -230,7 +238,8 @@ def _checked(
     features: ArrayLike, probabilities: ArrayLike
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Returns both in float32 or wider, checked, and the dtype of the features."""
-    f, p = jnp.asarray(features), jnp.asarray(probabilities)
+    f = as_array("features", features)
+    p = as_array("probabilities", probabilities)
     check_floating("features", f)
     check_floating("probabilities", p)
     if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -115,7 +116,8 @@ def _as_real(scale: Any) -> Any:
         # One Python type, so that 1, True and 1.0 share one trace.
         return as_float("scale", scale)
     dtype = getattr(scale, "dtype", None)
-    is_array = hasattr(scale, "__array__") and not isinstance(scale, jax.Ref)
+    no_scales = jax.Ref, np.ma.MaskedArray
+    is_array = hasattr(scale, "__array__") and not isinstance(scale, no_scales)
     if is_array and is_real(dtype):
         return scale
     shown = f"{dtype}{list(scale.shape)}" if is_array else repr(scale)

@@ -203,6 +203,8 @@ def reversal_report(
       >>> report.problems
       ()
     """
+    if not callable(loss):
+        raise TypeError(f"`loss` must be a function, got {loss!r}.")
     try:
         return _report(_Loss(loss, params, args, traced=True))
     except _UNTRACEABLE:

@@ -258,7 +258,7 @@ def test_a_masked_weight_may_be_anything():
         (
             lambda: multilinear_matrices(jax.random.key(0), 3, 0, 5),
             ValueError,
-            "`num_classes` must be 1 or more, got 0",
+            "`num_classes` must be a whole number from 1 to .*, got 0",
         ),
         (
             lambda: entropy_weights(jnp.ones(3)),
