@@ -246,9 +246,10 @@ def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns -scale * t, in the dtype of t."""
     if jnp.iscomplexobj(t):
         parts = (lax.convert_element_type(p, scale.dtype) for p in (t.real, t.imag))
-        product = lax.complex(*(-scale * p for p in parts))
+        product = lax.complex(*(lax.neg(scale) * p for p in parts))
     else:
-        product = -scale * lax.convert_element_type(t, scale.dtype)
+        # Not -scale: JAX 0.7.2 gives a NumPy scale back as a literal without operators.
+        product = lax.neg(scale) * lax.convert_element_type(t, scale.dtype)
     return lax.convert_element_type(product, t.dtype)
 
 
