@@ -8,9 +8,10 @@ so that its derivatives of every order are those of the law.
 
 The suite runs the same few cases each time. Run 20,000 others with
 
-    JAXGRL_EXAMPLES=20000 JAX_ENABLE_COMPILATION_CACHE=false \
-        python -m pytest tests/test_random_programs.py -k random_programs \
-        --hypothesis-seed=1
+    for seed in $(seq 20); do
+      JAXGRL_EXAMPLES=1000 JAX_ENABLE_COMPILATION_CACHE=false python -m pytest -q \
+        tests/test_random_programs.py::test_random_programs --hypothesis-seed=$seed
+    done
 """
 
 import functools
