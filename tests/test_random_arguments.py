@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from random_cases import cases
 
 import jaxgrl
 import jaxgrl.linen
@@ -226,14 +227,7 @@ def test_what_cannot_be_is_refused_by_name(function):
             )
 
 
-@settings(
-    max_examples=300,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    phases=(Phase.generate, Phase.shrink),
-    suppress_health_check=list(HealthCheck),
-)
+@cases(300)
 @given(st.data())
 def test_several_such_arguments_are_refused_by_name(data):
     function = data.draw(st.sampled_from(list(FUNCTIONS)))

@@ -7,21 +7,19 @@ row holds garbage. The suite runs the same cases each time. Run others with
         python -m pytest tests/test_random_metrics.py --hypothesis-seed=1
 """
 
-import os
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_cases import cases
 
 from jaxgrl import domain_accuracy, domain_loss, domain_weights, entropy_weights
-
-EXAMPLES = os.environ.get("JAXGRL_EXAMPLES")
 
 
 class Batch(NamedTuple):
@@ -247,24 +245,13 @@ def _batches(draw, parts=1):
     return Batch(k, rows, logits, domains, mask, weights, labels, activation)
 
 
-def _cases(count):
-    return settings(
-        max_examples=int(EXAMPLES or count),
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-@_cases(40)
+@cases(40)
 @given(_batches())
 def test_random_batches(batch):
     _assert_right(batch, _found(batch, _one_device))
 
 
-@_cases(40)
+@cases(40)
 @given(_batches(parts=2), st.sampled_from(list(SPLITS)))
 def test_random_batches_that_are_split(batch, split):
     if not batch.logits.size:
@@ -272,7 +259,7 @@ def test_random_batches_that_are_split(batch, split):
     _assert_right(batch, _found(batch, SPLITS[split]))
 
 
-@_cases(30)
+@cases(30)
 @given(_batches(parts=2), st.sampled_from([AxisType.Auto, AxisType.Explicit]))
 def test_random_batches_on_a_mesh(batch, kind):
     mesh = _mesh(kind)
@@ -287,7 +274,7 @@ def test_random_batches_on_a_mesh(batch, kind):
     _assert_right(batch, found)
 
 
-@_cases(20)
+@cases(20)
 @given(_batches(), st.integers(0, 999), st.sampled_from([-1, 9]))
 def test_a_domain_out_of_range(batch, at, wrong):
     if batch.domains.dtype != np.int32 or not batch.domains.size:

@@ -15,7 +15,6 @@ The suite runs the same few cases each time. Run 20,000 others with
 """
 
 import functools
-import os
 from typing import NamedTuple
 
 import jax
@@ -23,33 +22,20 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from random_cases import cases
 
 from jaxgrl import gradient_reversal
 
-EXAMPLES = os.environ.get("JAXGRL_EXAMPLES")
 # There a limit that docs/guarantees.md names: forward over reverse through a loop.
 BEFORE_JAX_0_12 = jax.__version_info__ < (0, 12)
 LOW = ("bfloat16", "float16")
-
-
-def _cases(count):
-    """Runs the same `count` cases each time, or as many others as are asked for."""
-    return settings(
-        max_examples=int(EXAMPLES or count),
-        derandomize=not EXAMPLES,
-        database=None,
-        deadline=None,
-        phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
-        print_blob=bool(EXAMPLES),
-    )
 
 
 @functools.cache
@@ -211,6 +197,7 @@ POLICIES = {
 # The operations. Each maps [4, 4] to [4, 4]: rows and columns are as many, so that a
 # scale that is aligned with the wrong ones is not refused. All values are of order 1.
 
+ROWS = np.arange(4, dtype=np.int32)
 ORDER = np.array([2, 0, 3, 1])
 
 
@@ -257,7 +244,7 @@ PLAIN = {
     # These move values about, and compute nothing that rounds.
     "gather": lambda machine, env, h, i: h[ORDER],
     "gather columns": lambda machine, env, h, i: h[:, ORDER],
-    "roll": lambda machine, env, h, i: h[(jnp.arange(4) + env["k"]) % 4],
+    "roll": lambda machine, env, h, i: h[(ROWS + env["k"]) % 4],
     "transpose": lambda machine, env, h, i: h.T,
     "sort by key": _sort_by_key,
     "halves": lambda machine, env, h, i: jnp.concatenate([-h[2:], 2 * h[:2]]),
@@ -420,7 +407,8 @@ class Choices(NamedTuple):
 
 
 VIEWS = ["array", "complex", "many axes", "scalar", "tree", "subtrees"]
-BLOCKS = ["loop", "map", "branch", "checkpoint", "jit", "dtype", "gradient", "tangent"]
+BLOCKS = ["loop", "branch", "checkpoint", "jit", "dtype", "gradient", "tangent"]
+BLOCKS += ["map"] * 4  # of twelve kinds
 SHARD_MAPS = [(s, v, p) for s in (False, True) for v in (True, False) for p in (0, 1)]
 MAPS = ["vmap", "vmap, shared x", "vmap, shared scale", "map", *SHARD_MAPS]
 
@@ -444,19 +432,18 @@ EXACTLY = Choices(
 WHAT = ("plain", "layer", "block")
 
 
-def _draw_ops(draw, size, choices, depth=0):
-    def one(options):
-        return draw(st.sampled_from(options))
+def _draw_ops(rng, size, choices, depth=0):
+    one = rng.choice
 
     def inside(size, **changed):
         part = choices._replace(**changed) if changed else choices
-        return _draw_ops(draw, size, part, depth + 1)
+        return _draw_ops(rng, size, part, depth + 1)
 
     ops = []
     while size > 0:
         what = one(("plain", "block") if choices is EXACTLY else WHAT)
         if what == "block" and size > 1 and depth < 3:
-            block, part = one(choices.blocks), draw(st.integers(1, size - 1))
+            block, part = one(choices.blocks), rng.randint(1, size - 1)
             size -= part
             without = [b for b in choices.blocks if b not in ("gradient", "tangent")]
             if block == "map":
@@ -495,10 +482,11 @@ def _draw_layer(one, choices):
 
 @st.composite
 def _draw_case(draw, modes, dtypes, choices=ANY):
-    def one(options):
-        return draw(st.sampled_from(options))
-
-    mode, forward_mode = one(modes), draw(st.booleans())
+    size = draw(st.integers(3, 10))
+    # Independent of each other. Hypothesis alone would often repeat what it has drawn.
+    rng = draw(st.randoms(use_true_random=True))
+    one = rng.choice
+    mode, forward_mode = one(modes), one((False, True))
     if mode == "explicit axes":
         choices = ON_EXPLICIT_AXES
     if mode == "checkify":  # which JAX refuses for a shard_map in a map
@@ -506,12 +494,12 @@ def _draw_case(draw, modes, dtypes, choices=ANY):
     if not forward_mode:
         blocks = [block for block in choices.blocks if block != "tangent"]
         choices = choices._replace(blocks=blocks)
-    ops = _draw_ops(draw, draw(st.integers(3, 10)), choices)
+    ops = _draw_ops(rng, size, choices)
     if not _has_layer(ops):
-        ops.insert(draw(st.integers(0, len(ops))), _draw_layer(one, choices))
+        ops.insert(rng.randint(0, len(ops)), _draw_layer(one, choices))
     # Twice as many cases take half of the time with half of them of first order.
     orders = list(ORDERS)[: None if forward_mode else -1]
-    order = "gradient" if draw(st.booleans()) else one(orders)
+    order = "gradient" if one((False, True)) else one(orders)
     return Case(one(dtypes), order, mode, forward_mode, one((0, 1)), ops)
 
 
@@ -753,20 +741,20 @@ def _check(case):
 DTYPES = ["float32", "float32", *LOW]
 
 
-@_cases(12)
+@cases(8)
 @given(_draw_case(list(MODES), DTYPES))
 def test_a_few_random_programs(case):
     _check(case)
 
 
 @pytest.mark.slow
-@_cases(70)
+@cases(40)
 @given(_draw_case(list(MODES), DTYPES))
 def test_random_programs(case):
     _check(case)
 
 
-@_cases(25)
+@cases(20)
 @given(_draw_case(["jit", "donated", "auto axes"], list(LOW), EXACTLY))
 def test_the_gradient_is_rounded_once(case):
     case = case._replace(order="gradient")
