@@ -501,6 +501,8 @@ def _draw_case(draw, modes, dtypes, choices=ANY):
         ops.insert(rng.randint(0, len(ops)), _draw_layer(one, choices))
     # Twice as many cases take half of the time with half of them of first order.
     orders = list(ORDERS)[: None if forward_mode else -1]
+    if mode == "explicit axes":  # JAX 0.7.2 does not shard the rows of a Jacobian
+        orders = [o for o in orders if "jac" not in o and o != "hessian"]
     order = "gradient" if one((False, True)) else one(orders)
     return Case(one(dtypes), order, mode, forward_mode, one((0, 1)), ops)
 
