@@ -19,7 +19,7 @@ def as_array(name: str, value: Any) -> jax.Array:
 
 def check_size(name: str, value: Any, least: int) -> None:
     """Raises ValueError unless ``value`` is a size, ``least`` or more."""
-    if not isinstance(value, numbers.Integral) or not least <= value < 2**31:
+    if not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
         raise ValueError(
             f"`{name}` must be a whole number from {least} to 2**31 - 1, got {value!r}."
         )
