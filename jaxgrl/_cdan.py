@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from ._checks import check_floating
+from ._checks import as_array, check_floating
 from ._domain_metrics import members, of_own_domain, sum_by_domain
 from ._dtypes import at_least_float32
 from ._entropy import check_classes, entropy, log_probabilities
@@ -86,7 +86,12 @@ def randomized_multilinear_map(
       Long et al., NeurIPS 2018, section 3.2, https://arxiv.org/abs/1705.10667
     """
     f, p, dtype = _checked(features, probabilities)
-    rf, rp = (lax.stop_gradient(jnp.asarray(matrix)) for matrix in matrices)
+    try:
+        rf, rp = matrices
+    except (TypeError, ValueError) as error:
+        kind = type(matrices).__name__
+        raise TypeError(f"`matrices` must be two arrays, got {kind}.") from error
+    rf, rp = (lax.stop_gradient(as_array("matrices", m)) for m in (rf, rp))
     for matrix in (rf, rp):
         check_floating("matrices", matrix)
     fits = rf.ndim == rp.ndim == 2 and rf.shape[1:] == rp.shape[1:]
@@ -142,7 +147,7 @@ def entropy_weights(
     References:
       Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
     """
-    logits = jnp.asarray(label_logits)
+    logits = as_array("label_logits", label_logits)
     check_floating("label_logits", logits)
     otherwise = (
         "A regression head has no entropy: leave `weights` out of `domain_loss`. Under "
@@ -166,7 +171,8 @@ def _checked(
     features: ArrayLike, probabilities: ArrayLike
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Returns both in float32 or wider, checked, and the dtype of the features."""
-    f, p = jnp.asarray(features), jnp.asarray(probabilities)
+    f = as_array("features", features)
+    p = as_array("probabilities", probabilities)
     check_floating("features", f)
     check_floating("probabilities", p)
     if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:

@@ -1,10 +1,28 @@
 """Checks of arguments that several functions have in common."""
 
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """Returns ``value`` as an array; raises TypeError if JAX makes none of it."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be an array, got {kind}. {error}") from error
+
+
+def check_size(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless ``value`` is a size, ``least`` or more."""
+    if not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
+        raise ValueError(
+            f"`{name}` must be a whole number from {least} to 2**31 - 1, got {value!r}."
+        )
 
 
 def check_floating(name: str, value: Any) -> None:
@@ -35,7 +53,7 @@ def check_rows(
 
 def checked_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
     """Returns ``where``, checked and of ``shape``; True everywhere if it is None."""
-    mask = jnp.ones(shape, bool) if where is None else jnp.asarray(where)
+    mask = jnp.ones(shape, bool) if where is None else as_array("where", where)
     check_rows("where", mask, shape, jnp.bool_)
     return jnp.broadcast_to(mask, shape)
 

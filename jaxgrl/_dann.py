@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._dtypes import at_least_float32
-from ._entropy import check_classes
+from ._entropy import check_classes, is_activation
 
 
 class DANNOutput(NamedTuple):
@@ -59,7 +59,7 @@ def _named(module: Any) -> list[str]:
 
 def _predictions(features: Any, label_logits: Any, activation: Any) -> Any:
     """Returns what ``condition`` is given beside the features; no gradient passes."""
-    if activation in (jax.nn.softmax, jax.nn.sigmoid):
+    if is_activation(activation):
         otherwise = (
             "Use `activation=lambda y: y` for a regression, and "
             "`activation=lambda y: jax.nn.softmax(y['label'])` for a dict."

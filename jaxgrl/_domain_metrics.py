@@ -1,6 +1,5 @@
 """The loss and the accuracy of a domain discriminator, and the row weights of both."""
 
-import numbers
 from collections.abc import Hashable
 from typing import Any
 
@@ -10,7 +9,14 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ._checks import check_floating, check_rows, checked_mask, with_axes
+from ._checks import (
+    as_array,
+    check_floating,
+    check_rows,
+    check_size,
+    checked_mask,
+    with_axes,
+)
 from ._dtypes import at_least_float32
 from ._entropy import log_probabilities
 
@@ -53,9 +59,11 @@ def domain_weights(
     References:
       Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
-    shape = jnp.asarray(domains).shape
-    if where is not None and jnp.asarray(where).ndim == len(shape):
-        shape = jnp.broadcast_shapes(shape, jnp.asarray(where).shape)
+    shape = as_array("domains", domains).shape
+    mask_shape = () if where is None else as_array("where", where).shape
+    if len(mask_shape) == len(shape):
+        sizes = zip(shape, mask_shape, strict=True)
+        shape = tuple(m if n == 1 else n for n, m in sizes)
     member, mask = members(domains, num_domains, where, shape)
     return _row_weights(member, mask, axis_name, jnp.result_type(float))
 
@@ -121,7 +129,7 @@ def domain_loss(
     log_p = jnp.squeeze(log_probabilities(logits, activation), axis=-2)
     losses = -jnp.sum(jnp.where(member, log_p, 0), axis=-1)
     if weights is not None:
-        given = jnp.asarray(weights)
+        given = as_array("weights", weights)
         check_rows("weights", given, losses.shape, jnp.floating)
         losses = losses * jnp.where(mask, given, 0).astype(losses.dtype)
     rows = _row_weights(member, mask, axis_name, losses.dtype)
@@ -188,11 +196,8 @@ def members(
 
     Not as indices: on an Explicit mesh JAX refuses to sort or gather by them.
     """
-    if not isinstance(num_domains, numbers.Integral) or num_domains < 2:
-        raise ValueError(
-            f"`num_domains` must be a whole number, 2 or more, got {num_domains!r}."
-        )
-    codes = jnp.asarray(domains)
+    check_size("num_domains", num_domains, 2)
+    codes = as_array("domains", domains)
     check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
     mask = checked_mask(where, shape)
     # In NumPy, since under a trace even a constant becomes a tracer.
@@ -251,8 +256,9 @@ def _checked(
 
     Masked rows come back as zeros: a gradient through whatever they held could be nan.
     """
-    z, d = jnp.asarray(logits), jnp.asarray(domains)
+    z, d = as_array("logits", logits), as_array("domains", domains)
     check_floating("logits", z)
+    check_size("num_domains", num_domains, 2)
     last = z.shape[-1] if z.ndim else 1
     sizes = (1, 2) if num_domains == 2 else (num_domains,)
     per_class = z.ndim == d.ndim + 1 and last in sizes

@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 
 
+def is_activation(value: Any) -> bool:
+    """Returns whether ``value`` is one of the two that stand for probabilities."""
+    return value is jax.nn.softmax or value is jax.nn.sigmoid
+
+
 def check_classes(
     name: str,
     logits: Any,
@@ -18,7 +23,7 @@ def check_classes(
 
     ``otherwise`` says what to use for other heads.
     """
-    if activation not in (jax.nn.softmax, jax.nn.sigmoid):
+    if not is_activation(activation):
         raise ValueError(
             "`activation` must be jax.nn.softmax or jax.nn.sigmoid, got "
             f"{activation!r}. {otherwise}"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._checks import check_floating, checked_mask
+from ._checks import as_array, check_floating, checked_mask
 from ._dtypes import at_least_float32, is_real
 from ._entropy import check_classes, entropy, log_probabilities
 
@@ -82,6 +82,10 @@ def proxy_a_distance(
             f"`folds` must be a whole number from 2 to the number of examples of a "
             f"domain, {fewest}, got {folds!r}."
         )
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"`seed` must be a whole number from 0 to 2**32 - 1, got {seed!r}."
+        )
     x = np.concatenate([source, target]).reshape(len(source) + len(target), -1)
     domains = np.repeat([0, 1], [len(source), len(target)])
     model = make_pipeline(
@@ -97,7 +101,11 @@ def proxy_a_distance(
 
 def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
     """Returns features as float64, checked."""
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        kind = type(value).__name__
+        raise TypeError(f"`{name}` must be an array, got {kind}. {error}") from error
     if not is_real(array.dtype):
         raise TypeError(f"`{name}` must have a real dtype, got {array.dtype}.")
     array = array.astype(np.float64)
@@ -156,7 +164,7 @@ def information_maximization(
     References:
       Bridle et al., NIPS 1991; Shi and Sha, ICML 2012, https://arxiv.org/abs/1206.6438
     """
-    logits = jnp.asarray(target_logits)
+    logits = as_array("target_logits", target_logits)
     check_floating("target_logits", logits)
     otherwise = (
         "A regression head has no classes: compare the error on held-out source "

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -114,7 +115,8 @@ def _as_real(scale: Any) -> Any:
         # One Python type, so that 1, True and 1.0 share one trace.
         return as_float("scale", scale)
     dtype = getattr(scale, "dtype", None)
-    is_array = hasattr(scale, "__array__") and not isinstance(scale, jax.Ref)
+    no_scales = jax.Ref, np.ma.MaskedArray
+    is_array = hasattr(scale, "__array__") and not isinstance(scale, no_scales)
     if is_array and is_real(dtype):
         return scale
     shown = f"{dtype}{list(scale.shape)}" if is_array else repr(scale)
@@ -243,9 +245,10 @@ def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns -scale * t, in the dtype of t."""
     if jnp.iscomplexobj(t):
         parts = (lax.convert_element_type(p, scale.dtype) for p in (t.real, t.imag))
-        product = lax.complex(*(-scale * p for p in parts))
+        product = lax.complex(*(lax.neg(scale) * p for p in parts))
     else:
-        product = -scale * lax.convert_element_type(t, scale.dtype)
+        # Not -scale: JAX 0.7.2 gives a NumPy scale back as a literal without operators.
+        product = lax.neg(scale) * lax.convert_element_type(t, scale.dtype)
     return lax.convert_element_type(product, t.dtype)
 
 

@@ -187,6 +187,8 @@ def reversal_report(
       >>> print([leaf.domain for leaf in report.leaves], report.problems)
       ['reversed', 'plain'] ()
     """
+    if not callable(loss):
+        raise TypeError(f"`loss` must be a function, got {loss!r}.")
     try:
         return _report(_Loss(loss, params, args, traced=True))
     # The loss has an `if` on the scale, converts it, or has a rule that closes over it.

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from ._checks import as_array
 from ._dtypes import as_float, at_least_float32, is_real
 
 
@@ -113,7 +114,9 @@ def dann_learning_rate(
 
 def _progress(step: ArrayLike, begin: float, steps: float) -> jax.Array:
     """Returns the fraction of the transition that is done, clamped to [0, 1]."""
-    step = jnp.asarray(step)
+    step = as_array("step", step)
+    if not is_real(step.dtype):
+        raise TypeError(f"`step` must be real, got {step.dtype}.")
     step = step.astype(at_least_float32(step.dtype))
     return jnp.clip((step - begin) / steps, 0.0, 1.0)
 

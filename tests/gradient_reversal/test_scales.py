@@ -161,6 +161,15 @@ def test_any_real_number_is_a_scale():
         assert grad == -0.5
 
 
+@pytest.mark.parametrize("dtype", ["int32", "bool", "float16", "float32", "uint8"])
+def test_trap_14_a_numpy_array_without_axes_outlives_jit(dtype):
+    # JAX 0.7.2 keeps it in the program as a literal, which has no operators.
+    scale = np.ones((), dtype)
+    f = jax.jit(lambda x: jnp.sum(gradient_reversal(x, scale) ** 2))
+    assert (jax.grad(f)(jnp.ones(3, jnp.float32)) == -2).all()
+    assert jax.grad(jax.grad(lambda x: f(x[None])))(jnp.float32(1)) == 2
+
+
 BEYOND_FLOATS = {
     "int": 10**400,
     "negative": -(10**400),
