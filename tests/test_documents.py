@@ -27,7 +27,7 @@ WITHOUT_CODE = {
     "docs/contributing.md",
     "docs/how-to/index.md",
 }
-SLOW = {"docs/tutorial.md"}  # it trains
+QUICK = {"README.md", "docs/index.md", "docs/how-to/plain-jax.md"}
 LANGUAGES = {"python", "sh", "text"}
 FENCED = re.compile(r"^( *)```(?P<language>[^\n]*)\n(?P<code>.*?)^\1```$", re.S | re.M)
 PROMISE = re.compile(r"^ *print\(.*\)  # (.*)$")
@@ -37,12 +37,12 @@ def _name(page):
     return page.relative_to(ROOT).as_posix()
 
 
-def _every(pages):
+def _every(pages, slow=False):
     return [
         pytest.param(
             page,
             id=_name(page),
-            marks=[pytest.mark.slow] if _name(page) in SLOW else [],
+            marks=[pytest.mark.slow] if slow and _name(page) not in QUICK else [],
         )
         for page in pages
     ]
@@ -94,7 +94,7 @@ def _run_page(text, name):
     return {line: "".join(texts).rstrip("\n") for line, texts in printed.items()}
 
 
-@pytest.mark.parametrize("page", _every(PAGES))
+@pytest.mark.parametrize("page", _every(PAGES, slow=True))
 @pytest.mark.usefixtures("as_users_run_it")
 def test_code_runs_and_prints_what_the_page_says(page):
     text = page.read_text()

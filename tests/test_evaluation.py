@@ -168,6 +168,7 @@ def test_what_infomax_refuses(logits, kwargs, error, message):
 RNG = np.random.default_rng(0)
 
 
+@pytest.mark.slow
 def test_the_same_distribution_has_distance_0_and_a_standard_error_that_is_right():
     found = [proxy_a_distance(*RNG.normal(size=(2, 60, 2))) for _ in range(60)]
     distances = np.array([f.distance for f in found])

@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgrl import domain_accuracy, domain_loss, domain_weights, entropy_weights
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 8
 
 

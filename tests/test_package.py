@@ -13,6 +13,8 @@ import pytest
 
 import jaxgrl
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 

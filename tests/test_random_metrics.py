@@ -21,6 +21,8 @@ from random_cases import cases
 
 from jaxgrl import domain_accuracy, domain_loss, domain_weights, entropy_weights
 
+pytestmark = pytest.mark.slow
+
 
 class Batch(NamedTuple):
     """A batch, and the shape of its rows; None where an argument is left out."""

@@ -20,6 +20,8 @@ import jaxgrl.linen
 import jaxgrl.nnx
 from jaxgrl import gradient_reversal
 
+pytestmark = pytest.mark.slow
+
 X = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
 
 
@@ -125,7 +127,6 @@ def _run(code, *args, **environment):
     return done.stdout
 
 
-@pytest.mark.slow
 def test_an_exported_step_runs_in_another_process_without_jaxgrl(tmp_path):
     grad = jax.jit(jax.value_and_grad(_loss))
     exported = jax.export.export(grad)(X, np.float32(0.3))
@@ -146,7 +147,6 @@ np.savez(folder / "out.npz", value=value, grad=grad)
     np.testing.assert_allclose(out["grad"], -0.3 * np.cos(X), rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_a_second_process_reads_what_the_first_compiled(tmp_path):
     code = """
 import logging, sys

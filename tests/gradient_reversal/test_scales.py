@@ -285,6 +285,7 @@ def test_forward_mode_over_the_scale_alone_is_zero(forward_mode):
     assert not tangent(x, jnp.ones(3, jnp.float32)).any()
 
 
+@pytest.mark.slow
 def test_a_scale_from_a_closure_leaks_nothing():
     def step(x, t):
         scale = jnp.tanh(t)

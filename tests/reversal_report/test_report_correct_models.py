@@ -34,6 +34,8 @@ from jaxgrl import (
     reversal_report,
 )
 
+pytestmark = pytest.mark.slow
+
 # name -> a function without arguments that returns (loss, params, *args).
 MODELS = {}
 

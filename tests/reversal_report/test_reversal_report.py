@@ -296,6 +296,7 @@ assert [leaf.domain for leaf in report.leaves] == ["reversed", "plain"]
 """
 
 
+@pytest.mark.slow
 def test_parameters_and_a_batch_that_span_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -136,6 +136,7 @@ def test_curves_saves_and_draws_what_it_prints(tmp_path):
     assert re.search(rf"target accuracy +{mean:.3f} ±", printed)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (ROOT / "benchmarks" / "results").is_dir(),
     reason="the saved results are not part of the sdist",

@@ -132,20 +132,11 @@ def test_kill_minus_nine_at_random_moments_loses_nothing(tmp_path, undisturbed):
     print(f"{kills} kills, {in_checkpoint} in a checkpoint, at steps {steps}; {seed=}")
 
 
-def test_a_kill_while_training_loses_nothing(tmp_path, undisturbed):
+def test_a_run_stopped_killed_and_out_of_disk_ends_as_an_undisturbed_one(
+    tmp_path, undisturbed
+):
     run = tmp_path / "run"
     process = start("--output", run, "--steps", STEPS, *OPTIONS)
-    wait_for(run, 25, process)
-    process.kill()
-    end(process)
-    with (run / "metrics.jsonl").open("a") as file:  # as a line that was cut
-        file.write('{"step": 61, "lo')
-    same(run, start("--resume", run), undisturbed)
-
-
-def test_sigterm_saves_and_says_so(tmp_path, undisturbed):
-    run = tmp_path / "run"
-    process = start("--output", run, "--steps", STEPS, "--batch-size", 16)
     wait_for(run, 7, process)
     process.terminate()
     _, errors = end(process)
@@ -153,13 +144,16 @@ def test_sigterm_saves_and_says_so(tmp_path, undisturbed):
     step = int(re.search(r"SIGTERM: saved step (\d+) in", errors)[1])
     assert rows(run)[-1]["step"] == step
     assert (run / "checkpoints" / str(step)).is_dir()
-    same(run, start("--resume", run), undisturbed)
 
+    process = start("--resume", run)
+    wait_for(run, step + 12, process)
+    process.kill()
+    end(process)
+    with (run / "metrics.jsonl").open("a") as file:  # as a line that was cut
+        file.write('{"step": 61, "lo')
 
-def test_a_full_disk_ends_the_run_and_leaves_the_last_good_state(tmp_path, undisturbed):
-    run = tmp_path / "run"
-    process = start("--output", run, "--steps", STEPS, *OPTIONS)
-    wait_for(run, 11, process)
+    process = start("--resume", run)
+    wait_for(run, step + 20, process)
     # From now on no file may grow beyond a kilobyte, the metrics among them.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, 1024))
     _, errors = end(process)
@@ -229,7 +223,8 @@ def test_two_processes_stop_together_and_end_as_one_device(tmp_path, port, scrip
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-2)  # rounding grows
 
 
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=long)])
+@long
+@pytest.mark.parametrize("lost", [1, 0])
 def test_a_process_that_dies_ends_the_other_within_the_timeout(tmp_path, port, lost):
     run = tmp_path / "run"
     options = ("--output", run, "--steps", 5000, *OPTIONS)
