@@ -351,6 +351,7 @@ def test_a_mistake_is_named_and_nothing_else(name):
     assert ("no problem found" in shown) == (not report.problems)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in MISTAKES if MISTAKES[n][1]])
 def test_the_sum_of_the_losses_names_it_too(name):
     _, expected, parts = MISTAKES[name]
