@@ -39,20 +39,18 @@ where JAX is what ``pip show jax`` says. They compile for 4 chips, data parallel
 
 import concurrent.futures
 import os
-import pathlib
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.extend.core import Var
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from parts.chips import COLLECTIVES, h100s, tpus
 from parts.counts import AGAINST, COLUMNS, FORWARD, Counts, to_row
 from parts.programs import (
     PROGRAMS,
@@ -79,14 +77,8 @@ TPUS = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
-# From NVIDIA's device properties, in the form that XLA reads.
-H100 = pathlib.Path(__file__).parent / "parts" / "h100.txtpb"
 OTHERS = ("five lines", "stop_gradient trick", "optax.scale_gradient")
 BACKWARD = (*FORWARD, "residual bytes")
-COLLECTIVES = (
-    "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
-    "ragged-all-to-all|collective-broadcast"
-)
 
 
 class Case(NamedTuple):
@@ -355,26 +347,15 @@ def table_row(case: Case, counts: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def targets(backend: str, tpus: Sequence[str]) -> Iterator[tuple[str, list[Any], bool]]:
+def targets(
+    backend: str, names: Sequence[str]
+) -> Iterator[tuple[str, list[Any], bool]]:
     """Yields (name, devices, whether programs run there)."""
     if backend == "tpu-aot":
-        os.environ |= {
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-            "TPU_LOG_DIR": tempfile.mkdtemp(),
-        }
-        for name in tpus:
-            chips = topologies.get_topology_desc(
-                platform="tpu", topology_name=TPUS[name]
-            )
-            yield f"tpu {name} compiled", chips.devices, False
+        for name in names:
+            yield f"tpu {name} compiled", tpus(TPUS[name]), False
     elif backend == "cuda-aot":
-        chips = topologies.get_topology_desc(
-            platform="cuda", target_config=H100.read_text(), topology="1x1x4"
-        )
-        yield "h100 compiled", chips.devices, False
+        yield "h100 compiled", h100s(4), False
     else:
         devices = jax.devices(backend)
         yield devices[0].device_kind, devices, True
@@ -401,7 +382,7 @@ def main() -> None:
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     )
-    if args.backend in ("cpu", "tpu-aot", "cuda-aot"):
+    if args.backend == "cpu":
         jax.config.update("jax_platforms", "cpu")
     if args.backend == "gpu":  # else two compilations of one program differ in bits
         os.environ["XLA_FLAGS"] += " --xla_gpu_deterministic_ops=true"

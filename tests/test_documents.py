@@ -26,6 +26,7 @@ WITHOUT_CODE = {
     "docs/changelog.md",
     "docs/contributing.md",
     "docs/how-to/index.md",
+    "docs/reliability.md",
 }
 QUICK = {"README.md", "docs/index.md", "docs/how-to/plain-jax.md"}
 LANGUAGES = {"python", "sh", "text"}

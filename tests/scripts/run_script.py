@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from unittest import mock
@@ -33,15 +34,18 @@ def run(script, *options):
 
 INTERRUPTING = """
 import pathlib, runpy, signal, sys
-text, script = sys.argv[1:3]
-del sys.argv[:2]
+text, number, script = sys.argv[1:4]
+del sys.argv[:3]
 sys.path[0] = str(pathlib.Path(script).parent)
 replace = pathlib.Path.replace
 def interrupting(draft, target):
+    hit = text in pathlib.Path(draft).read_text(errors="ignore")
+    if hit and int(number) == signal.SIGKILL:  # with a draft that never counts
+        signal.raise_signal(signal.SIGKILL)
     found = replace(draft, target)
-    if text in pathlib.Path(target).read_text():
+    if hit:
         pathlib.Path.replace = replace
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(int(number))
     return found
 pathlib.Path.replace = interrupting
 # A job in the background of a shell ignores the signal, and so do its children.
@@ -50,12 +54,15 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def interrupted(script, *options, text):
-    """Returns the process of a script that Ctrl-C ended once it had saved this text.
+def interrupted(script, *options, text, by=signal.SIGINT):
+    """Returns the process of a script that a signal ended once it had saved this text.
 
-    The signal comes from within, so that no clock decides where it hits.
+    The signal comes from within, so that no clock decides where it hits. SIGKILL comes
+    a moment before, when the draft of the file is not yet in its place.
     """
-    command = [sys.executable, "-c", INTERRUPTING, text, ROOT / script, *options]
+    number = str(int(by))
+    command = [sys.executable, "-c", INTERRUPTING, text, number, ROOT / script]
+    command += options
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+import signal
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from run_script import load, run
+from run_script import interrupted, load, run
 
 pytestmark = pytest.mark.slow
 SCRIPT = "benchmarks/adaptation.py"
@@ -155,8 +156,14 @@ def test_finished_cells_are_kept_and_not_run_twice(tmp_path):
         adamw[1]: scales,
     }
 
-    # Interrupted before the last cell; a mark shows that the first is not run again.
-    cut = dict(whole, complete=False, rows=whole["rows"][:-12])
+    # Killed while it saves a later cell; a mark shows that the first is not run again.
+    options = (*FEW, "--output", tmp_path / "killed")
+    killed = interrupted(SCRIPT, *options, text=adamw[0], by=signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    path.unlink()
+    (path,) = (tmp_path / "killed").glob("*.json")
+    cut = read(path)
+    assert not cut["complete"] and 0 < len(cut["rows"]) < len(whole["rows"])
     cut["rows"][0] = cut["rows"][0] | {"target accuracy": 0.123}
     path.write_text(json.dumps(cut))
     resumed = run(SCRIPT, *FEW, "--output", tmp_path / "unused", "--resume", path)

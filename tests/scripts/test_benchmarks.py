@@ -8,7 +8,7 @@ import pytest
 from run_script import ROOT, interrupted, load, run
 
 COMMANDS = ("adaptation", "correctness", "curves", "overhead", "plot", "timing")
-COMMANDS += ("training",)
+COMMANDS += ("scale", "training")
 results = load("benchmarks/parts/results.py")
 
 
@@ -120,6 +120,19 @@ def test_the_products_of_a_step_are_all_that_a_training_step_multiplies():
     }
     # Forward and two gradients backward, but nobody needs that of the data.
     assert sum(counted) == 3 * sum(forward.values()) - forward["features"]
+
+
+def test_more_than_the_gradient_is_found_among_what_chips_send():
+    scale = load("benchmarks/scale.py")
+    assert scale.byte_count("(f32[3,2]{1,0}, bf16[5], f32[], u8[2])") == 24 + 10 + 4 + 2
+    row = {"topology": "t", "parameter bytes": 400}
+    good = row | {"collectives": "all-reduce", "all-reduce bytes": 416}
+    assert scale.judge(good) == []
+    moved = good | {"collectives": "all-reduce, all-to-all"}
+    assert scale.judge(moved) == ["t: collectives are all-reduce, all-to-all"]
+    assert scale.judge(good | {"all-reduce bytes": 800}) == [
+        "t: 400 bytes more than the parameters"
+    ]
 
 
 @pytest.mark.slow
