@@ -242,3 +242,17 @@ def test_the_table_of_adaptations_is_that_of_the_saved_results(newest):
     shown = ["{mean:.1f} ± {std:.1f}".format(**row) for row in rows]
     missing = [text for text in shown if text not in DOCUMENT.replace("*", "")]
     assert len(shown) >= 50 and missing == []
+
+
+@saved
+def test_the_table_of_chips_is_that_of_the_saved_results(results):
+    (data,) = results.saved(RESULTS, "scale")
+    page = (ROOT / "docs" / "how-to" / "several-devices-and-hosts.md").read_text()
+    for row in data["rows"]:
+        shown = (
+            f"| {row['chips']:,} | {row['global batch']:,} | 1 {row['collectives']} | "
+            f"{row['all-reduce bytes']:,} bytes | {row['sent bytes'] / 1e6:.2f} MB | "
+            f"{row['temporary bytes'] / 1e6:.1f} MB |"
+        )
+        assert shown in page
+    assert len(data["rows"]) == 7
