@@ -248,6 +248,13 @@ def test_a_masked_weight_may_be_anything():
             r"`matrices` must have shapes \[F, D\] and \[C, D\] with F = 3 and C = 2",
         ),
         (
+            lambda: randomized_multilinear_map(
+                jnp.ones((2, 4, 3)), jnp.ones((2, 4, 5)), (jnp.ones((3, 5)),) * 2
+            ),
+            ValueError,
+            r"`matrices` must have shapes \[F, D\] and \[C, D\] with F = 3 and C = 5",
+        ),
+        (
             lambda: entropy_weights(jnp.ones(3)),
             ValueError,
             r"`label_logits` must be \[batch, \.\.\., C\] with C 2 or more for "

@@ -256,6 +256,11 @@ def test_a_prefix_that_is_no_prefix():
             gradient_reversal(x, scale)
 
 
+def test_without_a_scale_the_gradient_is_reversed_at_strength_one():
+    assert jax.grad(gradient_reversal)(1.0) == -1
+    assert jax.grad(jax.jit(gradient_reversal))(1.0) == -1
+
+
 # The scale never receives a gradient, wherever it comes from.
 
 
