@@ -235,7 +235,9 @@ def _attention(machine, env, h, i):
 
 
 def _update(machine, env, h, i):
-    return lax.dynamic_update_slice(h, jnp.sin(h[:2, :3]), (env["k"], i))
+    return lax.dynamic_update_slice(
+        h, jnp.sin(h[:2, :3]), (jnp.int32(env["k"]), jnp.int32(i))
+    )
 
 
 PLAIN = {
