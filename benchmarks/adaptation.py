@@ -369,8 +369,6 @@ def parse_args() -> Any:
     ):
         if path is not None and not path.is_file():
             parser.error(f"--{option} must be a file, got {path}")
-    if args.data:
-        read_digits(args.data, parser.error)  # a wrong file, before the first training
     args.joined = []
     if args.other:
         try:
@@ -380,7 +378,9 @@ def parse_args() -> Any:
             parser.error(
                 f"--with must be a file of results, got {args.other}: {error!r}"
             )
-    every = tasks.make_tasks(args.data)
+    # A wrong file is refused before the first training.
+    sets = read_digits(args.data, parser.error) if args.data else {}
+    every = tasks.make_tasks(sets)
     joined = {row["task"] for row in args.joined}
     args.also = [task for task in every if task.name in joined]
     args.chosen = [

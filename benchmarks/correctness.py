@@ -36,9 +36,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from parts.report import Record, Row, interruptible, make_parser, print_table, versions
+from parts.report import (
+    PACKAGES,
+    Record,
+    Row,
+    interruptible,
+    make_parser,
+    print_markdown,
+    print_table,
+)
 from parts.reversals import REVERSALS
 from parts.situations import SITUATIONS, Situation
+from support.files import versions
 from tqdm import tqdm
 
 Cell = dict[str, str]  # verdict: right, wrong or error; text: what came out
@@ -114,7 +123,7 @@ def main() -> None:
         record.save()
 
     if options.markdown:
-        print_markdown(situations, runs)
+        print_excerpt(situations, runs)
     else:
         print_matrix(situations, runs)
         print_details(situations, runs)
@@ -129,7 +138,7 @@ def run_here(situations: list[Situation]) -> dict[str, Any]:
     """Returns what this interpreter's JAX does: cells, versions, where it fails."""
     cells = run_cells(situations)
     failures = list(find_failures(situations, cells))
-    return {"versions": versions(), "cells": cells, "failures": failures}
+    return {"versions": versions(PACKAGES), "cells": cells, "failures": failures}
 
 
 def make_rows(situations: list[Situation], runs: dict[str, Cells]) -> list[Row]:
@@ -330,7 +339,7 @@ def print_totals(situations: list[Situation], runs: dict[str, Cells]) -> None:
     print_table(rows, ("implementation", "jax", "right", "silently wrong", "error"))
 
 
-def print_markdown(situations: list[Situation], runs: dict[str, Cells]) -> None:
+def print_excerpt(situations: list[Situation], runs: dict[str, Cells]) -> None:
     """Prints the table of the README: the excerpt, wrong numbers in bold."""
 
     def show(cell: Cell) -> str:
@@ -338,11 +347,14 @@ def print_markdown(situations: list[Situation], runs: dict[str, Cells]) -> None:
             return f"**{cell['text']}**"
         return cell["text"].split(":")[0] or "right"
 
-    print(f"| | {' | '.join(README)} |")
-    print("| --- " * (1 + len(README)) + "|")
-    for situation, cells in _grid([s for s in situations if s.excerpt], runs):
-        shown = (combined(cells[name], show, " / ") for name in README)
-        print(f"| {situation.name} | {' | '.join(shown)} |")
+    excerpt = _grid([s for s in situations if s.excerpt], runs)
+    print_markdown(
+        ["", *README],
+        [
+            [situation.name, *(combined(cells[n], show, " / ") for n in README)]
+            for situation, cells in excerpt
+        ],
+    )
     print(f"\nBold is silently wrong; where two stand, jax {' / '.join(runs)}.")
 
 

@@ -39,7 +39,6 @@ where JAX is what ``pip show jax`` says. They compile for 4 chips, data parallel
 
 import concurrent.futures
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -50,7 +49,7 @@ import numpy as np
 from jax.extend.core import Var
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from parts.chips import COLLECTIVES, h100s, tpus
+from parts.chips import collectives, h100s, tpus
 from parts.counts import AGAINST, COLUMNS, FORWARD, Counts, to_row
 from parts.programs import (
     PROGRAMS,
@@ -144,7 +143,6 @@ def measure(program: Any, shapes: Any, donate: bool) -> tuple[dict[str, Any], An
     cost = compiled.cost_analysis() or {}  # None for CUDA ahead of time
     memory = compiled.memory_analysis()
     assert text and memory, "XLA gives no analysis of this backend's programs"
-    collectives = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text)
     counts = {
         "ops": sum(" = " in line for line in text.splitlines()),
         "fusions": text.count(" fusion("),
@@ -152,7 +150,7 @@ def measure(program: Any, shapes: Any, donate: bool) -> tuple[dict[str, Any], An
         "bytes": int(cost["bytes accessed"]) if "bytes accessed" in cost else None,
         "copies": text.count(" copy("),
         "temp bytes": memory.temp_size_in_bytes,
-        "collectives": [" ".join(found) for found in collectives],
+        "collectives": [" ".join(found) for found in collectives(text)],
     }
     return counts, compiled
 

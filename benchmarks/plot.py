@@ -24,6 +24,7 @@ from parts.counts import FORWARD
 from parts.pictures import BLUE as GOOD
 from parts.pictures import GREY, INK, PURPLE
 from parts.pictures import ORANGE as WORSE
+from parts.report import print_markdown
 from parts.results import newest, saved, whole
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -60,8 +61,7 @@ def print_overheads(folder: pathlib.Path) -> None:
         "temp bytes": "temporary bytes",
     }
     header = ("device", "programs", "forward", "gradient", "collectives")
-    print(f"\n| {' | '.join([*header, *columns.values()])} |")
-    print("| --- " * (len(header) + len(columns)) + "|")
+    rows = []
     for data in whole(folder, "overhead"):
         programs = [counts.from_row(row) for row in data["rows"]]
         forwards = [parts["forward"] for _, parts in programs]
@@ -81,7 +81,8 @@ def print_overheads(folder: pathlib.Path) -> None:
         )
         for column in columns:
             cells.append(f"{example['jaxgrl'][column]} / {example['by hand'][column]}")
-        print(f"| {' | '.join(map(str, cells))} |")
+        rows.append(cells)
+    print_markdown([*header, *columns.values()], rows)
 
 
 def print_trainings(folder: pathlib.Path) -> None:
@@ -101,11 +102,11 @@ def print_trainings(folder: pathlib.Path) -> None:
                 columns[machine_name(data)] = training_cells(rows)
         if not columns:
             continue
-        print(f"\n| {what}, {size} | {' | '.join(columns)} |")
-        print("| --- " * (len(columns) + 1) + "|")
-        for name in dict.fromkeys(name for own in columns.values() for name in own):
-            cells = [own.get(name, "") for own in columns.values()]
-            print(f"| {name} | {' | '.join(cells)} |")
+        names = dict.fromkeys(name for own in columns.values() for name in own)
+        print_markdown(
+            [f"{what}, {size}", *columns],
+            [[n, *(own.get(n, "") for own in columns.values())] for n in names],
+        )
 
 
 def training_cells(rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -19,12 +19,13 @@ import argparse
 import importlib.util
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from parts.chips import COLLECTIVES, h100s, tpus
+from parts.chips import collectives, h100s, tpus
 from parts.report import Record, Row, interruptible, make_parser, print_table
 from support.scale import DEFAULTS
 from tqdm import tqdm
@@ -51,28 +52,39 @@ def byte_count(shapes: str) -> int:
     )
 
 
-def measure(topology: str) -> Row:
-    """Returns what the compiled step of the example sends and holds."""
+def load_example() -> Any:
+    """Returns the example as a module."""
     spec = importlib.util.spec_from_file_location("dann_at_scale", EXAMPLE)
     assert spec and spec.loader
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    devices = chips(topology)
-    pairs = PAIRS * len(devices)
-    args = argparse.Namespace(**DEFAULTS | {"batch_size": pairs})
+    return example
+
+
+def compile_step(
+    example: Any, devices: Sequence[Any], pairs: int, **options: Any
+) -> tuple[Any, Any]:
+    """Returns the example's step, compiled for digits, and its state as shapes."""
+    args = argparse.Namespace(**DEFAULTS | {"batch_size": pairs} | options)
     abstract, _, step, by_pair = example.make_training(args, (32, 32, 1), 10, devices)
     batch = {
-        "images": jax.ShapeDtypeStruct((pairs, 2, 32, 32, 1), jnp.uint8),
-        "labels": jax.ShapeDtypeStruct((pairs,), jnp.int32),
+        name: jax.ShapeDtypeStruct((pairs, *shape), dtype, sharding=by_pair)
+        for name, shape, dtype in (
+            ("images", (2, 32, 32, 1), jnp.uint8),
+            ("labels", (), jnp.int32),
+        )
     }
-    batch = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_pair)
-        for name, x in batch.items()
-    }
-    compiled = step.lower(abstract, batch).compile()
+    return step.lower(abstract, batch).compile(), abstract
+
+
+def measure(example: Any, topology: str) -> Row:
+    """Returns what the compiled step of the example sends and holds."""
+    devices = chips(topology)
+    pairs = PAIRS * len(devices)
+    compiled, abstract = compile_step(example, devices, pairs)
     text, memory = compiled.as_text() or "", compiled.memory_analysis()
     assert text and memory, "XLA gives no analysis of this program"
-    found = re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text)
+    found = collectives(text)
     reduced = sum(byte_count(shapes) for shapes, kind in found if kind == "all-reduce")
     params = jax.tree.leaves(abstract[0])
     floats = [p for p in params if jnp.issubdtype(p.dtype, jnp.floating)]
@@ -112,9 +124,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     record = Record("scale", args.output, device="compiled")
-    failures = []
+    example, failures = load_example(), []
     for topology in tqdm(args.topologies, unit="topology", leave=False):
-        row = measure(topology)
+        row = measure(example, topology)
         record.add(row)
         failures += judge(row)
     print_table(record.rows, list(record.rows[0]))

@@ -5,12 +5,12 @@ products of a step alone, of the same shapes and by the same library. "Share" is
 time of these products over that of the step. The claims, on an idle machine:
 
 - Where PyTorch eager spends less than a quarter of a step in products (the small
-  network on most machines), calling the operations dominates. (At a third, no trainer
-  could be 3 times as fast.) There jaxgrl + NNX trains at least 3
-  times as fast as PyTorch eager with pytorch-revgrad, a sweep over 8 scales x 5 seeds,
-  which a traced scale makes one compiled program, takes at most a third of PyTorch
-  eager's 40 runs one after another, and no other row is shown to be faster than jaxgrl,
-  with NNX or Linen in a lax.scan, by more than 3 %.
+  network on most machines), calling the operations dominates. (Above a third, no
+  trainer could be 3 times as fast.) There jaxgrl + NNX trains at least 3 times as fast
+  as PyTorch eager with pytorch-revgrad, a sweep over 8 scales x 5 seeds, which a traced
+  scale makes one compiled program, takes at most a third of PyTorch eager's 40 runs one
+  after another, and no other row is shown to be faster than jaxgrl, with NNX or Linen
+  in a lax.scan, by more than 3 %.
 - Where the products dominate (the large network), the library that multiplies decides,
   and jaxgrl does not choose it. There jaxgrl + NNX reaches at least half of the rate of
   the plain products, and JAX by hand is not shown to be faster by more than 3 %.

@@ -93,14 +93,13 @@ def loss_fn(model, batch, scale):
         source_logits.astype(wide), batch["labels"]
     ).mean()
     domain_loss = jaxgrl.domain_loss(domain_logits, domains)
-    loss = label_loss + domain_loss
     metrics = {
-        "loss": loss,
+        "loss": label_loss + domain_loss,
         "label_loss": label_loss,
         "domain_loss": domain_loss,
         "domain_accuracy": jaxgrl.domain_accuracy(domain_logits, domains),
     }
-    return loss, metrics
+    return metrics["loss"], metrics
 
 
 # 3. The training step, a pure function of the whole state and a batch, and where its
@@ -214,12 +213,14 @@ def main():
     process, processes = jax.process_index(), jax.process_count()
     batches = make_input(domains, args.batch_size, args.seed, process, processes)
     put = functools.partial(jax.make_array_from_process_local_data, by_pair)
-    folder = Folder(args, domains.fingerprint)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(3),
         cleanup_tmp_directories=True,
     )
-    with ocp.CheckpointManager(folder.checkpoints, options=options) as manager:
+    with (
+        Folder(args, domains.fingerprint) as folder,
+        ocp.CheckpointManager(folder.checkpoints, options=options) as manager,
+    ):
         if manager.latest_step():
             step, state = restore(manager, abstract, batches, folder, args.refuse)
         else:

@@ -1,17 +1,20 @@
 """Checks of arguments that several functions have in common."""
 
 import numbers
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+A = TypeVar("A")
 
-def as_array(name: str, value: Any) -> jax.Array:
-    """Returns ``value`` as an array; raises TypeError if JAX makes none of it."""
+
+def as_array(name: str, value: Any, convert: Callable[[Any], A] = jnp.asarray) -> A:
+    """Returns ``value``, converted; raises TypeError if no array can be made of it."""
     try:
-        return jnp.asarray(value)
+        return convert(value)
     except (TypeError, ValueError, OverflowError) as error:
         kind = type(value).__name__
         raise TypeError(f"`{name}` must be an array, got {kind}. {error}") from error

@@ -101,11 +101,7 @@ def proxy_a_distance(
 
 def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
     """Returns features as float64, checked."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError) as error:
-        kind = type(value).__name__
-        raise TypeError(f"`{name}` must be an array, got {kind}. {error}") from error
+    array = as_array(name, value, np.asarray)
     if not is_real(array.dtype):
         raise TypeError(f"`{name}` must have a real dtype, got {array.dtype}.")
     array = array.astype(np.float64)

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import tempfile
 from typing import Any
 
@@ -25,7 +26,8 @@ def tpus(topology: str) -> list[Any]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     }
-    os.environ.setdefault("TPU_LOG_DIR", tempfile.mkdtemp())
+    if "TPU_LOG_DIR" not in os.environ:
+        os.environ["TPU_LOG_DIR"] = tempfile.mkdtemp()
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return list(found.devices)
 
@@ -37,3 +39,8 @@ def h100s(count: int) -> list[Any]:
         platform="cuda", target_config=H100.read_text(), topology=f"1x1x{count}"
     )
     return list(found.devices)
+
+
+def collectives(text: str) -> list[tuple[str, str]]:
+    """Returns (shapes, kind) of each collective in a compiled program's text."""
+    return re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text)

@@ -5,8 +5,7 @@ import pathlib
 
 from matplotlib.figure import Figure
 from PIL import Image
-
-from parts import results
+from support.files import replace
 
 # Told apart by colour-blind readers too.
 BLUE, ORANGE, PURPLE, GREY = "#0072B2", "#D55E00", "#AA4499", "#BBBBBB"
@@ -23,5 +22,5 @@ def save(figure: Figure, path: pathlib.Path) -> None:
     figure.savefig(drawn, format="png", dpi=120, facecolor="white")
     picture = Image.open(drawn).convert("RGB")
     picture = picture.quantize(128, dither=Image.Dither.NONE)
-    results.replace(path, lambda draft: picture.save(draft, "png", optimize=True))
+    replace(path, lambda draft: picture.save(draft, "png", optimize=True))
     print(path)

@@ -7,7 +7,6 @@ interruption leaves what was added, marked as incomplete.
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import itertools
 import os
 import pathlib
@@ -17,6 +16,8 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from support.files import versions
 
 from parts import results
 from parts.results import Row
@@ -64,17 +65,6 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Returns the versions of Python and of those packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class Record:
@@ -229,6 +219,13 @@ def print_table(rows: Sequence[Row], columns: Sequence[str]) -> None:
     print(line(columns))
     for texts in cells:
         print(line(texts))
+
+
+def print_markdown(header: Sequence[Any], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints a table as Markdown, behind an empty line."""
+    print()
+    for cells in (header, ["---"] * len(header), *rows):
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
 def _cell(value: Any) -> str:

@@ -26,9 +26,11 @@ This module needs nothing but Python.
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
+
+from support.files import replace
 
 Row = dict[str, Any]
 DIGITS = 6
@@ -45,13 +47,6 @@ def write(path: pathlib.Path, data: dict[str, Any]) -> None:
     """Writes a file in one move: an interruption leaves the old one or the new."""
     text = as_text(data).encode()
     replace(path, lambda draft: draft.write_bytes(text))
-
-
-def replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Lets ``write`` fill a draft, which takes the place of the file in one move."""
-    draft = path.with_name(f"{path.name}.part")
-    write(draft)
-    draft.replace(path)
 
 
 def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:

@@ -8,8 +8,6 @@ score and do nothing else.
 
 import dataclasses
 import functools
-import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 import optax
 import sklearn.datasets
 from flax import nnx
-from support.images import make_cnn, read_digits, warped
+from support.images import make_cnn, warped
 
 import jaxgrl
 from jaxgrl.nnx import DANN
@@ -193,16 +191,8 @@ def cells(seed: int) -> Data:
     }
 
 
-@functools.cache
-def load_mnist_usps(path: pathlib.Path) -> dict[str, Pair]:
-    """Returns the images [n, 16, 16, 1] and labels of MNIST_vs_USPS.mat."""
-    return read_digits(path, sys.exit)
-
-
-def mnist_usps(seed: int, path: pathlib.Path | None, source: str, target: str) -> Data:
+def mnist_usps(seed: int, sets: dict[str, Pair], source: str, target: str) -> Data:
     """Returns one set as the source and the other, all of it, as target and test."""
-    assert path is not None  # no task is run whose file is not given
-    sets = load_mnist_usps(path)
     count = len(sets[source][1])
     valid, train = split(seed, count, count // 10)
     return {
@@ -213,7 +203,7 @@ def mnist_usps(seed: int, path: pathlib.Path | None, source: str, target: str) -
     }
 
 
-def make_tasks(data: pathlib.Path | None) -> list[Task]:
+def make_tasks(sets: dict[str, Pair]) -> list[Task]:
     """Returns the tasks; those of USPS and MNIST have data if the file is given.
 
     Those that adapt come again with AdamW at two rates: 1e-3, the default of PyTorch
@@ -274,7 +264,7 @@ def make_tasks(data: pathlib.Path | None) -> list[Task]:
     images = [
         Task(
             f"{source} -> {target}",
-            functools.partial(mnist_usps, path=data, source=source, target=target),
+            functools.partial(mnist_usps, sets=sets, source=source, target=target),
             cnn,
             sgd(0.03),
             steps=1500,

@@ -2,11 +2,9 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import shlex
 import sys
 import time
@@ -16,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from tqdm import tqdm
+
+from .files import replace, versions
 
 CHUNK = 100  # steps in one compiled call, and between two evaluations
 PACKAGES = ("jaxgrl", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
@@ -91,13 +91,12 @@ class Run:
             k: str(v) if isinstance(v, pathlib.Path) else v
             for k, v in vars(args).items()
         }
-        versions = {name: importlib.metadata.version(name) for name in packages}
         self.results: dict[str, Any] = {
             "complete": False,
             "command": shlex.join(sys.argv),
             "date": now.astimezone().isoformat(timespec="seconds"),
             "arguments": options,
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": versions(packages),
             "device": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores",
             "seconds": {},
             **facts,
@@ -107,9 +106,8 @@ class Run:
 
     def save(self) -> None:
         """Writes the results file in one move."""
-        draft = self.folder / "results.part"
-        draft.write_text(json.dumps(self.results, indent=1))
-        draft.replace(self.folder / "results.json")
+        text = json.dumps(self.results, indent=1)
+        replace(self.folder / "results.json", lambda draft: draft.write_text(text))
 
     def __enter__(self) -> "Run":
         """Starts what an interruption may cut short."""

@@ -53,7 +53,8 @@ def read_options(doc: str | None) -> argparse.Namespace:
     path = pathlib.Path
     add("--data", type=path, help="folder or .npz of images (default: digits)")
     add("--steps", type=int, help=f"training steps (default: {d['steps']})")
-    text = "examples of each domain in a step, over all devices (default: 64)"
+    text = "examples of each domain in a step, over all devices"
+    text += f" (default: {d['batch_size']})"
     add("--batch-size", type=int, help=text)
     text = f"steps between two checkpoints (default: {d['checkpoint_every']})"
     add("--checkpoint-every", type=int, help=text)
@@ -65,12 +66,14 @@ def read_options(doc: str | None) -> argparse.Namespace:
     add("--process-id", type=int, help="number of this process, from 0")
     text = "seconds to wait for another process (default: 60)"
     add("--timeout", type=int, default=60, help=text)
-    text = "of the computation; parameters are float32 (default: float32)"
+    text = f"of the computation; parameters are float32 (default: {d['dtype']})"
     add("--dtype", choices=("float32", "bfloat16"), help=text)
     text = "recompute activations in the backward pass: less memory, more time"
     add("--remat", action="store_true", default=None, help=text)
-    add("--scale", type=float, help="final strength of the reversal (default: 1.0)")
-    add("--seed", type=int, help="of weights, dropout and data order (default: 0)")
+    text = f"final strength of the reversal (default: {d['scale']})"
+    add("--scale", type=float, help=text)
+    text = f"of weights, dropout and data order (default: {d['seed']})"
+    add("--seed", type=int, help=text)
     args = parse(parser, **RULES)
     args.refuse = parser.error
     _check_processes(args)
@@ -131,8 +134,6 @@ class Folder:
       configuration: What determines the result, and is in every checkpoint.
     """
 
-    made: list[pathlib.Path] = []  # noqa: RUF012
-
     def __init__(self, args: argparse.Namespace, data: str):
         """Checks an old folder against the options, or makes a new one.
 
@@ -141,7 +142,6 @@ class Folder:
           data: The fingerprint of the data.
         """
         self.path = args.folder.resolve()
-        Folder.made.append(self.path)
         self.checkpoints = self.path / "checkpoints"
         options = {name: getattr(args, name) for name in DEFAULTS} | {"data": data}
         self.configuration = {k: v for k, v in options.items() if k not in FREE}
@@ -162,6 +162,15 @@ class Folder:
         self._stop = False
         if jax.process_count() == 1:  # in several, JAX catches it
             signal.signal(signal.SIGTERM, self._request_stop)
+
+    def __enter__(self) -> "Folder":
+        """Returns the folder."""
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
+        """Adds to an error how to go on."""
+        if error:
+            error.add_note(f"What was saved is whole: go on with --resume {self.path}")
 
     def compare(self, saved: Mapping[str, Any], refuse: Callable[[str], Any]) -> None:
         """Refuses a configuration that is not the one of this run."""
@@ -251,8 +260,6 @@ def run_to_end(main: Callable[[], Any]) -> None:
     try:
         main()
     except BaseException as error:
-        for folder in Folder.made:
-            error.add_note(f"What was saved is whole: go on with --resume {folder}")
         saved = isinstance(error, SystemExit) and error.code == SAVED
         if saved or not jax.distributed.is_initialized():
             raise

@@ -25,10 +25,7 @@ SCRIPT = "examples/dann_at_scale.py"
 example = load(SCRIPT)
 scale = sys.modules[example.Folder.__module__]
 domains_module = sys.modules[example.read_domains.__module__]
-COLLECTIVES = (
-    "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|"
-    "ragged-all-to-all|collective-broadcast"
-)
+benchmark = load("benchmarks/scale.py")
 
 
 def training(count, **options):
@@ -75,16 +72,9 @@ def test_the_global_batch_determines_the_losses(apart):
 
 def collectives(count, **options):
     """Returns the collectives of the compiled step, with what they move."""
-    (abstract, _, step, by_pair), args = training(count, **options)
-    batch = {
-        name: jax.ShapeDtypeStruct((args.batch_size, *shape), dtype, sharding=by_pair)
-        for name, shape, dtype in (
-            ("images", (2, 32, 32, 1), np.uint8),
-            ("labels", (), np.int32),
-        )
-    }
-    text = step.lower(abstract, batch).compile().as_text()
-    return re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text), abstract
+    devices = jax.devices()[:count]
+    compiled, abstract = benchmark.compile_step(example, devices, 16, **options)
+    return benchmark.collectives(compiled.as_text()), abstract
 
 
 @pytest.mark.parametrize("remat", [False, True])
