@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from support.files import versions
+from support.files import replace, versions
 
 from parts import results
 from parts.results import Row
@@ -65,6 +65,12 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def write(path: pathlib.Path, data: dict[str, Any]) -> None:
+    """Writes a file in one move: an interruption leaves the old one or the new."""
+    text = results.as_text(data).encode()
+    replace(path, lambda draft: draft.write_bytes(text))
 
 
 class Record:
@@ -164,7 +170,7 @@ class Record:
 
     def save(self) -> None:
         """Writes the file."""
-        results.write(self.path, self.data)
+        write(self.path, self.data)
 
     def close(self, claim: str | None, failures: Iterable[str]) -> int:
         """Saves and prints the verdict; returns the exit status that it deserves.

@@ -1,4 +1,4 @@
-"""The saved results: how a file of them is laid out, written and read.
+"""The saved results: how a file of them is laid out and read.
 
 A file is JSON with a line for each thing that it holds::
 
@@ -30,8 +30,6 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
-from support.files import replace
-
 Row = dict[str, Any]
 DIGITS = 6
 BLOCK = {"all", "columns", "rows"}
@@ -41,12 +39,6 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     """Returns what a file holds, its tables as lists of rows."""
     data = json.loads(path.read_text(encoding="utf-8"))
     return {key: _rows(value) for key, value in data.items()}
-
-
-def write(path: pathlib.Path, data: dict[str, Any]) -> None:
-    """Writes a file in one move: an interruption leaves the old one or the new."""
-    text = as_text(data).encode()
-    replace(path, lambda draft: draft.write_bytes(text))
 
 
 def newest(folder: pathlib.Path, name: str) -> dict[str, Any] | None:

@@ -39,7 +39,9 @@ def newest(results):
     return lambda name: results.newest(RESULTS, name)
 
 
-def test_tables_come_back_as_they_were_with_floats_of_six_digits(tmp_path, results):
+def test_tables_come_back_as_they_were_with_floats_of_six_digits(
+    tmp_path, results, report
+):
     rows = [
         {"what": "a", "same": True, "seconds": 1234567.0, "times": [1 / 3, 2]},
         {"what": "b", "same": True, "seconds": math.pi, "times": []},
@@ -50,7 +52,7 @@ def test_tables_come_back_as_they_were_with_floats_of_six_digits(tmp_path, resul
     ]
     data = {"name": "ø", "numbers": [1, 2], "empty": [], "rows": rows, "none": None}
     path = tmp_path / "file.json"
-    results.write(path, data)
+    report.write(path, data)
     found = results.read(path)
     rows[0] |= {"seconds": 1234570.0, "times": [0.333333, 2]}
     rows[1] |= {"seconds": 3.14159}
@@ -61,18 +63,18 @@ def test_tables_come_back_as_they_were_with_floats_of_six_digits(tmp_path, resul
     assert path.read_text().count('"same"') == path.read_text().count('"error"') == 1
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, results):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, results, report):
     path = tmp_path / "file.json"
-    results.write(path, {"rows": [{"a": 1}]})
+    report.write(path, {"rows": [{"a": 1}]})
     with pytest.raises(TypeError):
-        results.write(path, {"rows": [{"a": object()}]})
+        report.write(path, {"rows": [{"a": object()}]})
 
     def broken(draft):
         draft.write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        results.replace(path, broken)
+        report.replace(path, broken)
     assert results.read(path) == {"rows": [{"a": 1}]}
 
 
@@ -127,7 +129,7 @@ def test_the_interval_of_a_mean_is_that_of_student():
     np.testing.assert_allclose(mean_interval(values), [4 - margin, 4 + margin], 1e-4)
 
 
-def test_the_counts_of_programs_come_back(tmp_path, results):
+def test_the_counts_of_programs_come_back(tmp_path, results, report):
     counts = load("benchmarks/parts/counts.py")
     case = {"program": "MLP", "dtype": "float32", "scale": "traced", "sharded": True}
     base = dict.fromkeys(counts.FORWARD, 7) | {"collectives": ["f32[2] all-reduce"]}
@@ -142,7 +144,7 @@ def test_the_counts_of_programs_come_back(tmp_path, results):
         },
     }
     path = tmp_path / "file.json"
-    results.write(path, {"rows": [counts.to_row(case, parts)]})
+    report.write(path, {"rows": [counts.to_row(case, parts)]})
     (row,) = results.read(path)["rows"]
     assert row["forward, jaxgrl"] == "equal"
     found_case, found = counts.from_row(row)

@@ -1,0 +1,1 @@
+"""What several examples and benchmarks share: files, runs, pictures, training loops."""
