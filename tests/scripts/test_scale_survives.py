@@ -10,20 +10,17 @@ import re
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from run_script import ENVIRONMENT, ROOT, WARNINGS
+from run_script import LIMIT, Process
 
 pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_at_scale.py"
 APART = "tests/scripts/domains_apart.py"
 OPTIONS = ("--batch-size", "16", "--checkpoint-every", "2")
-STEPS = 60
-LIMIT = 180  # seconds for any process of these tests; each takes about 10
+STEPS = 30
 KILLS = int(os.environ.get("JAXGRL_KILLS", "0"))
 long = pytest.mark.skipif(not KILLS, reason="minutes long: JAXGRL_KILLS is not set")
 started = []
@@ -33,41 +30,22 @@ started = []
 def _no_process_is_left():
     yield
     for process in started:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
+        if process.returncode is None:
+            process.send(signal.SIGKILL)
+            process.wait()
     started.clear()
 
 
 def start(*options, script=SCRIPT, devices=1):
     """Returns a running process of a script."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    process = subprocess.Popen(
-        [sys.executable, *WARNINGS, ROOT / script, *map(str, options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | {"XLA_FLAGS": flag},
-    )
-    started.append(process)
-    return process
-
-
-def end(process):
-    """Returns what a process printed to stdout and stderr until its end."""
-    try:
-        return process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    started.append(Process(script, *options, devices=devices))
+    return started[-1]
 
 
 def digest(process):
     """Returns the digest that a process printed in its last line."""
-    printed, errors = end(process)
-    assert process.returncode == 0, errors
-    last = printed.splitlines()[-1]
+    assert process.end().returncode == 0, process.stderr
+    last = process.stdout.splitlines()[-1]
     return re.fullmatch("sha256 of the final state: ([0-9a-f]{64})", last)[1]
 
 
@@ -86,7 +64,7 @@ def wait_for(run, step, *processes):
     while len(rows(run)) < step:
         assert time.monotonic() < give_up
         for process in processes:
-            assert process.poll() is None, end(process)
+            assert process.returncode is None, process.stderr
         time.sleep(0.02)
 
 
@@ -118,14 +96,12 @@ def test_kill_minus_nine_at_random_moments_loses_nothing(tmp_path, undisturbed):
         # A run is killed again and again, until it comes through.
         new = ("--output", run, "--steps", STEPS, *OPTIONS)
         process = start(*(("--resume", run) if run.exists() else new))
-        try:
-            process.wait(timeout=rng.uniform(0, 1.1 * undisturbed[2]))
-        except subprocess.TimeoutExpired:
-            process.kill()
+        if not process.wait(rng.uniform(0, 1.1 * undisturbed[2])):
+            process.send(signal.SIGKILL)
             kills += 1
             in_checkpoint += any("tmp" in p.name for p in run.rglob("*"))
             steps.append(len(rows(run)))
-        end(process)
+        process.end()
         if run.exists() and (process.returncode == 0 or kills == KILLS):
             same(run, start("--resume", run), undisturbed)
             run = tmp_path / str(kills)
@@ -138,27 +114,26 @@ def test_a_run_stopped_killed_and_out_of_disk_ends_as_an_undisturbed_one(
     run = tmp_path / "run"
     process = start("--output", run, "--steps", STEPS, *OPTIONS)
     wait_for(run, 7, process)
-    process.terminate()
-    _, errors = end(process)
-    assert process.returncode == 75
-    step = int(re.search(r"SIGTERM: saved step (\d+) in", errors)[1])
+    process.send(signal.SIGTERM)
+    assert process.end().returncode == 75
+    step = int(re.search(r"SIGTERM: saved step (\d+) in", process.stderr)[1])
     assert rows(run)[-1]["step"] == step
     assert (run / "checkpoints" / str(step)).is_dir()
 
     process = start("--resume", run)
-    wait_for(run, step + 12, process)
-    process.kill()
-    end(process)
+    wait_for(run, step + 5, process)
+    process.send(signal.SIGKILL)
+    process.end()
     with (run / "metrics.jsonl").open("a") as file:  # as a line that was cut
-        file.write('{"step": 61, "lo')
+        file.write('{"step": 31, "lo')
 
     process = start("--resume", run)
-    wait_for(run, step + 20, process)
+    wait_for(run, step + 12, process)
     # From now on no file may grow beyond a kilobyte, the metrics among them.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, 1024))
-    _, errors = end(process)
-    assert process.returncode == 1
-    assert "File too large" in errors and f"go on with --resume {run}" in errors
+    assert process.end().returncode == 1
+    assert "File too large" in process.stderr
+    assert f"go on with --resume {run}" in process.stderr
     same(run, start("--resume", run), undisturbed)
 
 
@@ -201,14 +176,13 @@ def test_two_processes_stop_together_and_end_as_one_device(tmp_path, port, scrip
     wait_for(runs[0], 12, *processes)
     # Where the user said, 127.0.0.1, and not everywhere.
     assert {address[-8:] for address in listening(port)} == {"0100007F"}
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send(signal.SIGTERM)
     for process in processes:
-        end(process)
-        assert process.returncode == 75
+        assert process.end().returncode == 75
     assert len(rows(runs[0])) < 100
     resumed = pair(port, "--resume", runs[0], script=script)
     digest(resumed[0])
-    end(resumed[1])
+    resumed[1].end()
     digest(start("--output", runs[1], *options, script=script))
     two, one = (
         np.array(
@@ -230,12 +204,12 @@ def test_a_process_that_dies_ends_the_other_within_the_timeout(tmp_path, port, l
     options = ("--output", run, "--steps", 5000, *OPTIONS)
     processes = pair(port, *options, devices=1)
     wait_for(run, 5, *processes)
-    processes[lost].kill()
+    processes[lost].send(signal.SIGKILL)
     began = time.monotonic()
-    _, errors = end(processes[1 - lost])
+    other = processes[1 - lost].end()
     assert time.monotonic() - began < 10 + 20
-    assert processes[1 - lost].returncode not in (0, 75)
-    assert "another task died" in errors or "Gloo" in errors
+    assert other.returncode not in (0, 75)
+    assert "another task died" in other.stderr or "Gloo" in other.stderr
     assert any(p.name.isdecimal() for p in (run / "checkpoints").iterdir())
 
 
@@ -246,7 +220,7 @@ def test_a_process_that_never_arrives_is_not_awaited_for_ever(tmp_path, port):
     process = start(
         *options, "--coordinator", f"127.0.0.1:{port}", "--output", tmp_path / "run"
     )
-    _, errors = end(process)
-    assert time.monotonic() - began < 5 + 60 and process.returncode != 0
+    assert process.end().returncode != 0 and time.monotonic() - began < 5 + 60
+    errors = process.stderr
     assert f"Waiting up to 5 s for 2 processes at 127.0.0.1:{port}" in errors
     assert "DEADLINE_EXCEEDED" in errors and not (tmp_path / "run").exists()
