@@ -3,7 +3,10 @@
 import json
 import re
 import shutil
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 from run_script import ROOT, interrupted, load, run
 
@@ -20,7 +23,7 @@ def _short(name, *options, output):
     saved = results.read(path)
     assert saved["complete"] and f"Saved in {path}" in finished.stdout
     assert saved["command"].startswith(f"python benchmarks/{name}.py")
-    assert results.whole(output, name) == [] or name == "curves"  # a quick run is none
+    assert results.whole(output, name) == []  # a quick run is none
     return finished.stdout, saved["rows"]
 
 
@@ -136,17 +139,27 @@ def test_more_than_the_gradient_is_found_among_what_chips_send():
 
 
 @pytest.mark.slow
-def test_curves_saves_and_draws_what_it_prints(tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    options = ("--seeds", "2", "--steps", "100", "--pictures", pictures)
-    printed, rows = _short("curves", *options, output=tmp_path)
+def test_curves_saves_and_draws_what_it_prints(tmp_path, capsys):
+    curves = load("benchmarks/curves.py")
+    options = ("--seeds", "2", "--steps", "100")
+    arguments = [*options, "--pictures", str(tmp_path), "--output", str(tmp_path)]
+    few = {key: (label, values[-3:]) for key, (label, values) in curves.CHOICES.items()}
+    few["scale"] = ("scale", (0.3, 1))
+    few["gamma"], few["rate"] = ("gamma", (10, np.inf)), ("rate", (0.01, 0.1))
+    with (
+        mock.patch("sys.argv", ["benchmarks/curves.py", *arguments]),
+        mock.patch.object(curves, "CHOICES", few),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        assert curves.main() == 0
     for name in ("runs.png", "choices.png"):
-        drawn = (pictures / name).read_bytes()
+        drawn = (tmp_path / name).read_bytes()
         assert drawn.startswith(b"\x89PNG") and 20_000 < len(drawn) < 300_000
-    (default,) = [row for row in rows if row["setting"] == ""]
+    (path,) = tmp_path.glob("*.json")
+    (default,) = [r for r in results.read(path)["rows"] if r["setting"] == ""]
     mean = sum(default["target accuracy"]) / 2
-    assert re.search(rf"target accuracy +{mean:.3f} ±", printed)
+    assert re.search(rf"target accuracy +{mean:.3f} ±", capsys.readouterr().out)
 
 
 @pytest.mark.slow
