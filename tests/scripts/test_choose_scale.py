@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from run_script import finished, load
 
+pytestmark = pytest.mark.slow
 SCRIPT = "examples/choose_scale.py"
 
 
@@ -38,7 +39,6 @@ def test_one_run_that_diverged_takes_its_scale_out(example):
         example.nearest_to_one(scales, np.ones((3, 1)))
 
 
-@pytest.mark.slow
 def test_a_short_run_shows_the_grid_its_choice_and_what_diverged(tmp_path, example):
     options = ("--scales", "0", "1", "1e30", "--seeds", "2", "--steps", "400")
     printed, folder, results = finished(SCRIPT, *options, output=tmp_path)
