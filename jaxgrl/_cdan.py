@@ -1,6 +1,5 @@
-"""What CDAN adds to DANN: maps of features and predictions, and entropy weights."""
+"""What CDAN adds to DANN: the map of features and predictions, entropy weights."""
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -43,65 +42,19 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
     References:
       Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
     """
-    f, p, dtype = _checked(features, probabilities)
-    joint = p[..., :, None] * f[..., None, :]
-    # Not -1, which an empty batch leaves undecided.
-    return joint.reshape(*f.shape[:-1], p.shape[-1] * f.shape[-1]).astype(dtype)
-
-
-def randomized_multilinear_map(
-    features: ArrayLike,
-    probabilities: ArrayLike,
-    matrices: tuple[ArrayLike, ArrayLike],
-) -> jax.Array:
-    """Returns a random projection of ``multilinear_map``, of a size that you choose.
-
-    ``out = (features @ Rf) * (probabilities @ Rp) / sqrt(D)``
-
-    Inner products are those of ``multilinear_map`` in expectation over the matrices.
-    The paper uses it when the outer product is larger than 4096, with D = 1024.
-
-    Args:
-      features: As in ``multilinear_map``.
-      probabilities: As in ``multilinear_map``.
-      matrices: ``(Rf, Rp)``, ``[F, D]`` and ``[C, D]``, floating: standard normal,
-        drawn once with two keys, saved with the model. They receive no gradient.
-
-    Returns:
-      ``[..., D]``, in the dtype of ``features``; computed in float32 or wider.
-
-    Raises:
-      TypeError: If an argument is not floating.
-      ValueError: If the shapes do not fit.
-
-    Example:
-      >>> import jax, jaxgrl, jax.numpy as jnp
-      >>> keys = jax.random.split(jax.random.key(0))
-      >>> matrices = tuple(map(jax.random.normal, keys, ((3, 5), (2, 5))))
-      >>> inputs = jnp.ones((4, 3)), jnp.full((4, 2), 0.5)
-      >>> print(jaxgrl.randomized_multilinear_map(*inputs, matrices).shape)
-      (4, 5)
-
-    References:
-      Long et al., NeurIPS 2018, section 3.2, https://arxiv.org/abs/1705.10667
-    """
-    f, p, dtype = _checked(features, probabilities)
-    try:
-        rf, rp = matrices
-    except (TypeError, ValueError) as error:
-        kind = type(matrices).__name__
-        raise TypeError(f"`matrices` must be two arrays, got {kind}.") from error
-    rf, rp = (lax.stop_gradient(as_array("matrices", m)) for m in (rf, rp))
-    for matrix in (rf, rp):
-        check_floating("matrices", matrix)
-    fits = rf.ndim == rp.ndim == 2 and rf.shape[1:] == rp.shape[1:]
-    if not fits or rf.shape[0] != f.shape[-1] or rp.shape[0] != p.shape[-1]:
+    f = as_array("features", features)
+    p = as_array("probabilities", probabilities)
+    check_floating("features", f)
+    check_floating("probabilities", p)
+    if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:
         raise ValueError(
-            f"`matrices` must have shapes [F, D] and [C, D] with F = {f.shape[-1]} and "
-            f"C = {p.shape[-1]}, got shapes {rf.shape} and {rp.shape}."
+            "`probabilities` must have the leading axes of `features`, got shape "
+            f"{p.shape} for `features` of shape {f.shape}."
         )
-    projected = (f @ rf.astype(f.dtype)) * (p @ rp.astype(f.dtype))
-    return (projected / math.sqrt(rf.shape[1])).astype(dtype)
+    wide = at_least_float32(f.dtype, p.dtype)
+    joint = p.astype(wide)[..., :, None] * f.astype(wide)[..., None, :]
+    # Not -1, which an empty batch leaves undecided.
+    return joint.reshape(*f.shape[:-1], p.shape[-1] * f.shape[-1]).astype(f.dtype)
 
 
 def entropy_weights(
@@ -165,20 +118,3 @@ def entropy_weights(
     counts = sum_by_domain(1, member, axis_name).astype(values.dtype)
     # Each value is 1 or more, so their sum is too unless the domain has no row.
     return values * of_own_domain(counts / jnp.maximum(sums, 1), member, mask)
-
-
-def _checked(
-    features: ArrayLike, probabilities: ArrayLike
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Returns both in float32 or wider, checked, and the dtype of the features."""
-    f = as_array("features", features)
-    p = as_array("probabilities", probabilities)
-    check_floating("features", f)
-    check_floating("probabilities", p)
-    if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:
-        raise ValueError(
-            "`probabilities` must have the leading axes of `features`, got shape "
-            f"{p.shape} for `features` of shape {f.shape}."
-        )
-    wide = at_least_float32(f.dtype, p.dtype)
-    return f.astype(wide), p.astype(wide), f.dtype
