@@ -37,30 +37,42 @@ _join = jax.custom_vjp(lambda ruled, plain: ruled)
 _join.defvjp(lambda ruled, plain: (ruled, None), lambda _, ct: (ct, ct))
 
 
-def with_switches(program: Any) -> tuple[Any, int]:
-    """Returns the program with a switch on each layer, and their number.
+def with_switches(part: Any) -> Any:
+    """Returns a program, or what else an equation holds, with a switch on each layer.
 
     A part without a layer stays the same object: JAX's caches go by that.
     """
-    if not hasattr(program, "eqns"):
-        return program, 0
+    if isinstance(part, Jaxpr):
+        eqns = [new for eqn in part.eqns for new in _switched(eqn)]
+        return part if eqns == part.eqns else part.replace(eqns=eqns)
     # A ClosedJaxpr, which newer JAX does not tell from a Jaxpr.
-    if not isinstance(program, Jaxpr):
-        inner, count = with_switches(program.jaxpr)
-        return (program.replace(jaxpr=inner) if count else program), count
-    eqns, total = [], 0
-    for eqn in program.eqns:
-        new, count = [eqn], 0
-        if wires := _wires(eqn):
-            new, count = _switched(eqn, wires), 1
-        elif _rule_body(eqn) is None:
-            params, count = _in_params(eqn.params)
-            new = [eqn.replace(params=params) if count else eqn]
-        eqns, total = eqns + new, total + count
-    return (program.replace(eqns=eqns) if total else program), total
+    if hasattr(part, "eqns"):
+        inner = with_switches(part.jaxpr)
+        return part if inner is part.jaxpr else part.replace(jaxpr=inner)
+    # Under JAX_REMAT3, an object holds the parameters.
+    if isinstance(getattr(part, "params", None), dict):
+        inner = _in_params(part.params)
+        if inner is not part.params:
+            part = copy.copy(part)
+            vars(part).update(inner, params=inner)
+    return part
 
 
-def _switched(eqn: JaxprEqn, wires: dict[int, int]) -> list[JaxprEqn]:
+def _in_params(params: dict[str, Any]) -> dict[str, Any]:
+    leaves, structure = jax.tree.flatten(params, lambda v: hasattr(v, "eqns"))
+    new = list(map(with_switches, leaves))
+    same = all(a is b for a, b in zip(new, leaves, strict=True))
+    return params if same else jax.tree.unflatten(structure, new)
+
+
+def _switched(eqn: JaxprEqn) -> list[JaxprEqn]:
+    """Returns the equations that take the place of one."""
+    wires = _wires(eqn)
+    if not wires:
+        # A layer inside another function with its own rule is none.
+        params = _in_params(eqn.params) if _rule_body(eqn) is None else eqn.params
+        return [eqn if params is eqn.params else eqn.replace(params=params)]
+
     def traced(function: Any, invars: list[Any], outvars: list[Any]) -> JaxprEqn:
         (new,) = jax.make_jaxpr(function)(*(var.aval for var in invars)).jaxpr.eqns
         # The context holds the mesh if the layer is inside a shard_map.
@@ -74,23 +86,6 @@ def _switched(eqn: JaxprEqn, wires: dict[int, int]) -> list[JaxprEqn]:
         joins.append(traced(_join, [outvars[output], around], [out]))
         invars[wire] = into
     return [*forks, eqn.replace(invars=invars, outvars=outvars), *joins]
-
-
-def _in_params(params: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """Returns the parameters of an equation with switches, and their number."""
-    params, total = dict(params), 0
-    for name, value in params.items():
-        leaves, structure = jax.tree.flatten(value, lambda v: hasattr(v, "eqns"))
-        switched = [with_switches(leaf) for leaf in leaves]
-        if count := sum(count for _, count in switched):
-            params[name] = jax.tree.unflatten(structure, [leaf for leaf, _ in switched])
-        # Under JAX_REMAT3, an object holds the parameters.
-        elif name == "_prim":
-            inner, count = _in_params(value.params)
-            params[name] = copy.copy(value)
-            vars(params[name]).update(inner, params=inner)
-        total += count
-    return params, total
 
 
 def _rule_body(eqn: JaxprEqn) -> Any:

@@ -240,7 +240,7 @@ class _Loss:
         # Of an nnx.Variable, the path ends in the value that it holds.
         self.paths = [name.removesuffix(".value") for name in names]
         self.arrays, self.results, self.other = arrays, {}, None
-        self.sum_only, self.layers = False, 0
+        self.sum_only, self.has_layer = False, False
 
         def terms(arrays: Any, scale: Any) -> Any:
             filled = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(flat)]
@@ -249,7 +249,9 @@ class _Loss:
 
         def program(scale: float) -> Callable[..., Any]:
             fixed = terms if traced else lambda arrays, _: terms(arrays, scale)
-            switched, self.layers = with_switches(jax.make_jaxpr(fixed)(arrays, 1.0))
+            read = jax.make_jaxpr(fixed)(arrays, 1.0)
+            switched = with_switches(read)
+            self.has_layer = switched is not read
             gradients = functools.partial(_gradients, jaxpr_as_fun(switched), moving)
             settings = {"in_axes": None, "axis_size": 3, "axis_name": AXIS}
             return jax.jit(jax.vmap(gradients, **settings))
@@ -401,7 +403,7 @@ def _findings(
         yield found("scale_in_loss")
     elif not through.any():
         shared = plain & loss.anywhere(_LABEL, _OPEN, ~plain)
-        if not loss.layers and half.norm(_CHANGE).sum() > 1e-3 * half.norm(_OPEN).sum():
+        if not loss.has_layer and half.norm(_CHANGE).sum() > 1e-3 * half.norm(_OPEN).sum():
             yield found("unreadable")
         elif loss.sum_only or shared.any():
             yield found("missing")
