@@ -117,8 +117,8 @@ def _source(eqn: JaxprEqn, output: int) -> tuple[int, int] | None:
     if str(eqn.primitive) == "select_n" and len(eqn.invars) == 2:
         return 1, 0
     rule = _rule_body(eqn)
-    is_jit = "donated_invars" in eqn.params
-    body = _opened(eqn.params["jaxpr"]) if is_jit else rule
+    # Only a jit has donated_invars.
+    body = _opened(eqn.params["jaxpr"]) if "donated_invars" in eqn.params else rule
     if body is None or len(body.invars) != len(eqn.invars):
         return None
     var, rules = body.outvars[output], 0
