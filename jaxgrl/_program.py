@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Var
 
 AXIS = "jaxgrl_switch"
 # The layers as they are, as plain copies, and as stop_gradients.
@@ -67,8 +67,10 @@ def _in_params(params: dict[str, Any]) -> dict[str, Any]:
 
 def _switched(eqn: JaxprEqn) -> list[JaxprEqn]:
     """Returns the equations that take the place of one."""
-    wires = _wires(eqn)
-    if not wires:
+    dtypes = (getattr(out.aval, "dtype", bool) for out in eqn.outvars)
+    inexact = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.inexact)]
+    sources = [_source(eqn, i) for i in inexact]
+    if not sources or any(source is None or source[1] != 1 for source in sources):
         # A layer inside another function with its own rule is none.
         params = _in_params(eqn.params) if _rule_body(eqn) is None else eqn.params
         return [eqn if params is eqn.params else eqn.replace(params=params)]
@@ -79,7 +81,7 @@ def _switched(eqn: JaxprEqn) -> list[JaxprEqn]:
         return new.replace(invars=invars, outvars=outvars, ctx=eqn.ctx)
 
     forks, joins, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
-    for output, wire in wires.items():
+    for output, (wire, _) in zip(inexact, sources, strict=True):
         out: Any = eqn.outvars[output]
         into, around, outvars[output] = (Var(out.aval) for _ in range(3))
         forks.append(traced(_fork, [invars[wire]], [into, around]))
@@ -100,19 +102,8 @@ def _opened(value: Any) -> Any:
     return value if isinstance(value, Jaxpr) else _opened(value.jaxpr)
 
 
-def _wires(eqn: JaxprEqn) -> dict[int, int]:
-    """Returns which input each output of a layer copies; {} for any other equation."""
-    wires = {}
-    for i, out in enumerate(eqn.outvars):
-        if jnp.issubdtype(getattr(out.aval, "dtype", bool), jnp.inexact):
-            wires[i], rules = _source(eqn, i) or (0, 0)
-            if rules != 1:
-                return {}
-    return wires
-
-
-def _source(eqn: JaxprEqn, output: int) -> tuple[int, int] | None:
-    """Returns which input the output copies, and by how many rules."""
+def _source(eqn: JaxprEqn, output: int) -> Any:
+    """Returns which input the output copies and by how many rules, or None."""
     # One case to select from is a copy (see the layer's _tie).
     if str(eqn.primitive) == "select_n" and len(eqn.invars) == 2:
         return 1, 0
@@ -122,12 +113,11 @@ def _source(eqn: JaxprEqn, output: int) -> tuple[int, int] | None:
     if body is None or len(body.invars) != len(eqn.invars):
         return None
     var, rules = body.outvars[output], 0
-    makers = {v: (e, i) for e in body.eqns for i, v in enumerate(e.outvars)}
-    while not isinstance(var, Literal) and var in makers:
-        maker, i = makers[var]
-        if not (source := _source(maker, i)):
-            return None
-        var, rules = maker.invars[source[0]], rules + source[1]
+    for maker in reversed(body.eqns):
+        if var in maker.outvars:
+            if not (source := _source(maker, maker.outvars.index(var))):
+                return None
+            var, rules = maker.invars[source[0]], rules + source[1]
+    rules = rules if rule is None else 1
     # A literal or a constant is no input.
-    index = next((i for i, v in enumerate(body.invars) if v is var), None)
-    return None if index is None else (index, rules if rule is None else 1)
+    return (body.invars.index(var), rules) if var in body.invars else None

@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 from jax.extend.core import jaxpr_as_fun
 
 from ._checks import check_floating
-from ._dtypes import at_least_float32
 from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
 
 _PROBLEMS = {
@@ -236,8 +235,7 @@ class _Loss:
         name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
         # Of an nnx.Variable, the path ends in the value that it holds.
         self.paths = [name(flat[i][0][1:]).removesuffix(".value") for i in self.moving]
-        self.arrays, self.results = arrays, {}
-        self.other, self.layers = None, False
+        self.arrays, self.results, self.other = arrays, {}, None
 
         def terms(arrays: Any, scale: Any) -> Any:
             filled = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(flat)]
@@ -245,13 +243,7 @@ class _Loss:
             return self._terms(loss(params, scale, *args))
 
         def program(scale: float) -> Callable[..., Any]:
-            fixed = terms if traced else lambda arrays, _: terms(arrays, scale)
-            read = jax.make_jaxpr(fixed)(arrays, 1.0)
-            switched = with_switches(read)
-            self.layers = switched is not read
-            total = functools.partial(_total, jaxpr_as_fun(switched))
-            gradients = jax.grad(total, has_aux=True)
-            return jax.jit(jax.vmap(gradients, None, axis_size=3, axis_name=AXIS))
+            return self._program(terms if traced else lambda a, _: terms(a, scale))
 
         self.programs = {1.0: program(1.0)}
         self.programs[0.5] = self.programs[1.0] if traced else program(0.5)
@@ -267,15 +259,32 @@ class _Loss:
                 f"domain_logits), each an array, got {returned!r}."
             )
         terms = [jnp.asarray(term) for term in terms]
-        second = "loss" if self.sum_only else "domain_loss"
-        for name, term in zip(
-            ("label_loss", second, "domain_logits"), terms, strict=True
-        ):
+        names = (
+            "label_loss",
+            "loss" if self.sum_only else "domain_loss",
+            "domain_logits",
+        )
+        for name, term in zip(names, terms, strict=True):
             check_floating(name, term)
             if term.shape and name != "domain_logits":
                 raise ValueError(f"`{name}` must be a scalar, got shape {term.shape}.")
-        wide = at_least_float32(*(term.dtype for term in terms))
-        return [term.astype(wide) for term in terms]
+        return [term.astype(float) for term in terms]
+
+    def _program(self, terms: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that differentiates a weighted sum of the terms."""
+        read = jax.make_jaxpr(terms)(self.arrays, 1.0)
+        switched = with_switches(read)
+        self.layers = switched is not read
+        evaluate: Any = jaxpr_as_fun(switched)
+
+        def total(moving: Any, arrays: Any, scale: Any, weights: Any, nudge: Any):
+            moved = arrays | {i: _nudged(v, nudge) for i, v in moving.items()}
+            terms = evaluate(*jax.tree.leaves(moved), scale)
+            weighted = (w * jnp.sum(t) for w, t in zip(weights, terms, strict=True))
+            return sum(weighted), terms
+
+        gradients = jax.grad(total, has_aux=True)
+        return jax.jit(jax.vmap(gradients, None, axis_size=3, axis_name=AXIS))
 
     def run(self, weights: Any, scale: float = 1.0, nudge: float = 0.0) -> _Result:
         """Returns the result for a weighted sum of the terms, at parameters nearby."""
@@ -309,14 +318,6 @@ class _Loss:
             if square := result.dot(_THROUGH, _THROUGH).sum():
                 return float(-result.dot(_ARRIVED, _THROUGH).sum() / square)
         return math.nan
-
-
-def _total(loss: Any, moving: Any, arrays: Any, *settings: Any) -> Any:
-    """Returns the weighted sum of the terms at parameters nearby, and the terms."""
-    scale, weights, nudge = settings
-    moved = arrays | {i: _nudged(value, nudge) for i, value in moving.items()}
-    terms = loss(*jax.tree.leaves(moved), scale)
-    return sum(w * jnp.sum(t) for w, t in zip(weights, terms, strict=True)), terms
 
 
 def _nudged(value: Any, nudge: Any) -> Any:
