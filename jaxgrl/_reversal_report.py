@@ -259,14 +259,10 @@ class _Loss:
                 f"domain_logits), each an array, got {returned!r}."
             )
         terms = [jnp.asarray(term) for term in terms]
-        names = (
-            "label_loss",
-            "loss" if self.sum_only else "domain_loss",
-            "domain_logits",
-        )
-        for name, term in zip(names, terms, strict=True):
+        losses = "label_loss", "loss" if self.sum_only else "domain_loss"
+        for name, term in zip((*losses, "domain_logits"), terms, strict=True):
             check_floating(name, term)
-            if term.shape and name != "domain_logits":
+            if term.shape and name in losses:
                 raise ValueError(f"`{name}` must be a scalar, got shape {term.shape}.")
         return [term.astype(float) for term in terms]
 
@@ -275,11 +271,10 @@ class _Loss:
         read = jax.make_jaxpr(terms)(self.arrays, 1.0)
         switched = with_switches(read)
         self.layers = switched is not read
-        evaluate: Any = jaxpr_as_fun(switched)
 
         def total(moving: Any, arrays: Any, scale: Any, weights: Any, nudge: Any):
             moved = arrays | {i: _nudged(v, nudge) for i, v in moving.items()}
-            terms = evaluate(*jax.tree.leaves(moved), scale)
+            terms = jaxpr_as_fun(switched)(*jax.tree.leaves(moved), scale)
             weighted = (w * jnp.sum(t) for w, t in zip(weights, terms, strict=True))
             return sum(weighted), terms
 
