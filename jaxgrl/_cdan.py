@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
 from ._checks import as_array, check_floating
@@ -21,26 +20,23 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     With it CDAN's discriminator can tell domains apart within each class. Pass it as
     ``condition=`` to a ``DANN``. By hand, stop the gradient of the probabilities.
+    Source: Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
 
     Args:
       features: ``[..., F]``, floating.
-      probabilities: ``[..., C]``, floating, with the leading axes of ``features``. The
-        softmax of the label logits, not the logits.
+      probabilities: ``[..., C]``, floating, with the same leading axes: the softmax of
+        the label logits, not the logits.
 
     Returns:
       ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.
 
     Raises:
-      TypeError: If an argument is not floating.
-      ValueError: If their leading axes differ, or one has no axis.
+      TypeError, ValueError: If a dtype, or a shape, does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> print(jaxgrl.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5])))
       [0.5 1.  0.5 1. ]
-
-    References:
-      Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
     """
     f = as_array("features", features)
     p = as_array("probabilities", probabilities)
@@ -71,12 +67,12 @@ def entropy_weights(
     ``1 + exp(-H)``, with H the entropy of each row's prediction in nats, divided by its
     mean over the domain, so the balance of the domains stays as it is. Pass it to
     ``jaxgrl.domain_loss(..., weights=weights)``.
+    Source: Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
 
     Args:
-      label_logits: ``[..., C]``, floating: ``[batch, C]``, or ``[batch, H, W, C]`` for
-        a prediction per pixel.
-      domains: The domain of each row, integer or bool, 0 to K - 1, with the leading
-        axes of ``label_logits``, of their sizes or 1; None if all are of one.
+      label_logits: ``[batch, C]``, or ``[batch, H, W, C]`` for a prediction per pixel,
+        floating.
+      domains: The domain of each row, as in ``domain_loss``; None if all are of one.
       num_domains: As in ``domain_loss``.
       where: As in ``domain_loss``.
       axis_name: As in ``domain_loss``. The means are then over all devices.
@@ -85,8 +81,8 @@ def entropy_weights(
 
     Returns:
       The leading axes of ``label_logits``, float32 or wider, with mean 1 over the
-      counted rows of each domain. A masked row has 0, so all are 0 if no row counts. A
-      traced domain out of range has nan. No gradient passes.
+      counted rows of each domain. A masked row has 0. A traced domain out of range has
+      nan. No gradient passes.
 
     Raises:
       TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
@@ -96,9 +92,6 @@ def entropy_weights(
       >>> weights = jaxgrl.entropy_weights(jnp.array([[9.0, -9.0], [0.0, 0.0]]))
       >>> print(*(f"{weight:.3f}" for weight in weights))  # 2 and 1.5, over their mean
       1.143 0.857
-
-    References:
-      Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
     """
     logits = as_array("label_logits", label_logits)
     check_floating("label_logits", logits)
@@ -111,7 +104,7 @@ def entropy_weights(
     shape = logits.shape[:-1]
     domains = jnp.zeros((1,) * len(shape), jnp.int32) if domains is None else domains
     member, mask = members(domains, num_domains, where, shape)
-    logits = lax.stop_gradient(jnp.where(mask[..., None], logits, 0))
+    logits = jax.lax.stop_gradient(jnp.where(mask[..., None], logits, 0))
     logits = logits.astype(at_least_float32(logits.dtype))
     values = 1 + jnp.exp(-entropy(log_probabilities(logits, activation)))
     sums = sum_by_domain(values[..., None], member, axis_name)

@@ -20,11 +20,13 @@ def as_array(name: str, value: Any, convert: Callable[[Any], A] = jnp.asarray) -
         raise TypeError(f"`{name}` must be an array, got {kind}. {error}") from error
 
 
-def check_size(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless ``value`` is a size, ``least`` or more."""
-    if not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
+def check_size(
+    name: str, value: Any, least: int, end: int = 2**31, most: str = "2**31 - 1"
+) -> None:
+    """Raises ValueError unless ``value`` is whole and in ``least`` to ``end - 1``."""
+    if not isinstance(value, numbers.Integral) or not least <= int(value) < end:
         raise ValueError(
-            f"`{name}` must be a whole number from {least} to 2**31 - 1, got {value!r}."
+            f"`{name}` must be a whole number from {least} to {most}, got {value!r}."
         )
 
 

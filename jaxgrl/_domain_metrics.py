@@ -36,28 +36,18 @@ def domain_weights(
     weights of the whole batch, losses and gradients of micro-batches or examples add up
     to those of the batch.
 
-    Args:
-      domains: The domain of each row, integer or bool, of any shape: 0 for the source
-        and 1 for the target, or 0 to K - 1.
-      num_domains: K, 2 or more.
-      where: Which rows count, bool, with as many axes as ``domains``, against which it
-        broadcasts; all if None.
-      axis_name: As in ``domain_loss``. The weights of all devices sum to 1.
+    Arguments and errors are those of ``domain_loss``. ``domains`` may have any shape,
+    and ``where`` broadcasts against it. With ``axis_name``, those of all devices sum
+    to 1.
 
     Returns:
-      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0, so all
-      are 0 if no row counts. A traced domain out of range has nan.
-
-    Raises:
-      TypeError, ValueError: As in ``domain_loss``.
+      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0. A traced
+      domain out of range has nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> print(jaxgrl.domain_weights(jnp.array([0, 1, 1, 1, 1])))
       [0.5   0.125 0.125 0.125 0.125]
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     shape = as_array("domains", domains).shape
     mask_shape = () if where is None else as_array("where", where).shape
@@ -83,6 +73,7 @@ def domain_loss(
 
     This is the sum of ``domain_weights`` times cross entropy. Unequal numbers of source
     and target examples do not bias it. For two domains it is half of the paper's sum.
+    Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     *Add* it to the label loss, without the reversal strength as a weight. The layer in
     front of the discriminator does the subtracting, for the feature extractor alone.
@@ -111,18 +102,15 @@ def domain_loss(
       (an empty or a fully masked batch). A traced domain out of range gives nan.
 
     Raises:
+      TypeError: If a dtype does not fit.
       ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
         ``domains`` is read for that.
-      TypeError: If a dtype does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> logits, domains = jnp.array([-2.0, -2.0, 2.0]), jnp.array([0, 0, 1])
       >>> print(f"{jaxgrl.domain_loss(logits, domains):.4f}")
       0.1269
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     activation = jax.nn.sigmoid if logits.shape[-1] == 1 else jax.nn.softmax
@@ -148,31 +136,18 @@ def domain_accuracy(
 
     The mean, over the domains that have rows, of the share of rows that are assigned to
     their domain. It is 1 if all are, and ``1 / K`` if the discriminator cannot tell the
-    K domains apart, whatever their sizes.
-
-    Args:
-      logits: As in ``domain_loss``, and so are the others.
-      domains: The domain of each row.
-      num_domains: K, 2 or more.
-      where: Which rows count.
-      axis_name: The mapped axis. ``jax.lax.pmean`` of the accuracies is that of the
-        whole batch.
+    K domains apart, whatever their sizes. Arguments and errors are those of
+    ``domain_loss``. With ``axis_name``, ``jax.lax.pmean`` of it is that of the batch.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts (an empty or a fully masked
       batch), a counted logit is nan, or a traced domain is out of range.
-
-    Raises:
-      TypeError, ValueError: As in ``domain_loss``.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> logits, domains = jnp.array([-2.0, 2.0, 2.0]), jnp.array([0, 0, 1])
       >>> print(jaxgrl.domain_accuracy(logits, domains))
       0.75
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     one = logits.shape[-1] == 1
@@ -187,10 +162,7 @@ def domain_accuracy(
 
 
 def members(
-    domains: ArrayLike,
-    num_domains: int,
-    where: ArrayLike | None,
-    shape: tuple[int, ...],
+    domains: ArrayLike, num_domains: int, where: ArrayLike | None, shape: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Returns which domain each row counts for, one-hot ``[*shape, K]``, and the mask.
 

@@ -1,8 +1,7 @@
 """Puts a switch on each reversal layer in the program of a loss.
 
-A layer is an identity with its own derivative rule. Its switch is read in the backward
-pass, from the index of a named axis: a vmap over that axis differentiates the program
-for all three settings at once, and reaches layers inside a scan or a jit too.
+The backward pass reads it from the index of a named axis. A vmap over that axis
+differentiates for all three settings at once, also inside a scan or a jit.
 """
 
 import copy
@@ -20,8 +19,7 @@ GIVEN, OPEN, SHUT = range(3)
 def _choose(_: None, cts: tuple[Any, Any]) -> tuple[Any]:
     """Returns what comes back through the rule, around it, or nothing.
 
-    An identity that does not change the sign, such as one that clips gradients, is no
-    layer and keeps its rule.
+    An identity that keeps the sign, such as one that clips gradients, keeps its rule.
     """
     ruled, plain = cts
     agreement = (jnp.sign(ruled) * jnp.sign(plain).conj()).real

@@ -296,11 +296,8 @@ class _Loss:
         return self.results[key]
 
     def anywhere(self, weights: Any, row: int, sure: np.ndarray) -> np.ndarray:
-        """Returns for which leaves the row is not 0, here or nearby.
-
-        It may be 0 here by chance, such as behind a layer that starts at 0. A leaf that
-        is sure needs no second look.
-        """
+        """Returns where the row is not 0: here, or nearby for leaves not ``sure``."""
+        # It may be 0 here by chance, such as behind a layer that starts at 0.
         here = self.run(weights).norm(row) > 0
         if not here.any() or not (here | sure).all():
             here |= self.run(weights, nudge=_NEARBY).norm(row) > 0

@@ -31,6 +31,7 @@ def dann_schedule(
 
     Pass the value to the reversal layer only. If it weights the domain loss too, the
     features see its square, and the discriminator learns nothing while it is small.
+    Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:
       transition_steps: Steps from start to end, usually the whole training; 1 or more.
@@ -51,9 +52,6 @@ def dann_schedule(
       >>> schedule = jaxgrl.dann_schedule(1000)
       >>> print(*(f"{schedule(step):.5f}" for step in (0, 100, 500, 1000)))
       0.00000 0.46212 0.98661 0.99991
-
-    References:
-      Ganin and Lempitsky, ICML 2015, https://proceedings.mlr.press/v37/ganin15.html
     """
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
     init = _value("init_value", init_value)
@@ -80,26 +78,20 @@ def dann_learning_rate(
 
     ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
 
+    It is from the same paper as ``dann_schedule``, returns the same type, and raises
+    the same errors.
+
     Args:
       init_value: Rate at the start, as in ``dann_schedule``; 0.01 in the paper.
       transition_steps: As in ``dann_schedule``.
       alpha: How far it decays, 0 or more; 10 in the paper.
       beta: Exponent of the decay, 0 or more; 0.75 in the paper.
 
-    Returns:
-      An ``optax.Schedule``, as ``dann_schedule`` does.
-
-    Raises:
-      TypeError, ValueError: As in ``dann_schedule``.
-
     Example:
       >>> import jaxgrl
       >>> schedule = jaxgrl.dann_learning_rate(0.01, transition_steps=1000)
       >>> print(*(f"{schedule(step):.5f}" for step in (0, 500, 1000)))
       0.01000 0.00261 0.00166
-
-    References:
-      As in ``dann_schedule``.
     """
     init = _value("init_value", init_value)
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)

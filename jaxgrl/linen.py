@@ -21,20 +21,11 @@ T = TypeVar("T")
 
 
 class GradientReversal(nn.Module):
-    """``jaxgrl.gradient_reversal`` as a layer: no parameters, no rngs, no state.
+    """``jaxgrl.nnx.GradientReversal`` in Linen.
 
-    There are two ways to give it the scale:
-
-    - ``layer(x, scale)``, at call time, for a schedule, or any array. It may be traced,
-      and wins over the attribute.
-    - ``GradientReversal(0.5)``, a Python number, for a constant. Linen hashes
-      attributes: each new value traces anew, and an array fails under ``nn.jit``.
-
-    Attributes:
-      scale: The strength of the reversal, a number: 1, full strength from step 0 on, by
-        default.
-      forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as in
-        ``jaxgrl.gradient_reversal``.
+    Give the scale at call time for a schedule, or any array. The attribute is for a
+    constant number: Linen hashes attributes, so each new value traces anew, and an
+    array fails under ``nn.jit``.
 
     Example:
       >>> import jax, jaxgrl.linen, jax.numpy as jnp
@@ -48,27 +39,13 @@ class GradientReversal(nn.Module):
     forward_mode: bool = False
 
     def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
-        """Returns ``x``, an array or any pytree; see ``jaxgrl.gradient_reversal``.
-
-        Without ``scale`` the attribute holds.
-        """
+        """Returns ``x``, any pytree; ``scale`` defaults to the attribute."""
         scale = self.scale if scale is None else scale
         return gradient_reversal(x, scale, forward_mode=self.forward_mode)
 
 
 class DANN(nn.Module):
-    """``jaxgrl.nnx.DANN`` in Linen: a domain-adversarial network of your own modules.
-
-    Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
-    trains at full strength from step 0 on, and the features can vanish.
-
-    Attributes:
-      feature_extractor: Maps inputs to features.
-      label_classifier: Maps features to label logits.
-      domain_discriminator: Maps features to domain logits.
-      condition: As in ``jaxgrl.nnx.DANN``: None, or ``jaxgrl.multilinear_map`` or
-        another callable of ``(features, predictions)``.
-      activation: As in ``jaxgrl.nnx.DANN``: makes predictions from label logits.
+    """``jaxgrl.nnx.DANN`` in Linen, with the same arguments as attributes.
 
     Example:
       >>> import jax, jaxgrl.linen, jax.numpy as jnp
@@ -80,9 +57,6 @@ class DANN(nn.Module):
       >>> label_logits, domain_logits = model.apply(params, x, 0.5)
       >>> print(label_logits.shape, domain_logits.shape)
       (4, 3) (4, 1)
-
-    References:
-      As in ``jaxgrl.nnx.DANN``.
     """
 
     feature_extractor: Callable[..., Any]
@@ -98,11 +72,8 @@ class DANN(nn.Module):
     def __call__(
         self, x: Any, scale: ScaleLike | None = None, **kwargs: Any
     ) -> DANNOutput:
-        """Returns the named tuple ``(label_logits, domain_logits)``.
+        """Returns what ``jaxgrl.nnx.DANN`` does.
 
-        Args:
-          x: The inputs of the feature extractor, all domains in one batch.
-          scale: The strength of the reversal, as in ``jaxgrl.nnx.DANN``.
-          **kwargs: As there. Under ``nn.jit`` name them in ``static_argnames``.
+        Under ``nn.jit`` name keywords in ``static_argnames``.
         """
         return apply_dann(self, x, scale, kwargs)

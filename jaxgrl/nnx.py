@@ -32,9 +32,9 @@ class GradientReversal(nnx.Module):
       belongs to the model. Setting it does not retrace, and a checkpoint holds it.
 
     Args:
-      scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``: 1, full
-        strength from step 0 on, by default. Pass a pytree of several at call time.
-      forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as there.
+      scale: As in ``jaxgrl.gradient_reversal``. The default, 1, is full strength from
+        step 0 on. Pass a pytree of several at call time.
+      forward_mode: As in ``jaxgrl.gradient_reversal``.
 
     Example:
       >>> import jax, jaxgrl.nnx, jax.numpy as jnp
@@ -48,10 +48,7 @@ class GradientReversal(nnx.Module):
         self.forward_mode = forward_mode
 
     def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
-        """Returns ``x``, an array or any pytree; see ``jaxgrl.gradient_reversal``.
-
-        Without ``scale`` that of the constructor holds.
-        """
+        """Returns ``x``, any pytree; ``scale`` defaults to the constructor's."""
         scale = self.scale if scale is None else scale
         return gradient_reversal(x, scale, forward_mode=self.forward_mode)
 
@@ -71,6 +68,7 @@ class DANN(nnx.Module):
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish.
+    Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     Args:
       feature_extractor: Maps inputs to features.
@@ -98,10 +96,6 @@ class DANN(nnx.Module):
       >>> label_logits, domain_logits = model(jnp.ones((4, 8)), 0.5)
       >>> print(label_logits.shape, domain_logits.shape)
       (4, 3) (4, 1)
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
-      Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
     """
 
     def __init__(
