@@ -9,14 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ._checks import (
-    as_array,
-    check_floating,
-    check_rows,
-    check_size,
-    checked_mask,
-    with_axes,
-)
+from ._checks import as_array, as_mask, check_floating, check_rows, check_size, indexed
 from ._dtypes import at_least_float32
 from ._entropy import log_probabilities
 
@@ -171,7 +164,7 @@ def members(
     check_size("num_domains", num_domains, 2)
     codes = as_array("domains", domains)
     check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
-    mask = checked_mask(where, shape)
+    mask = as_mask(where, shape)
     # In NumPy, since under a trace even a constant becomes a tracer.
     if all(
         not isinstance(a, Tracer) and getattr(a, "is_fully_addressable", True)
@@ -190,9 +183,7 @@ def members(
     return member & mask[..., None], mask
 
 
-def sum_by_domain(
-    values: ArrayLike, member: jax.Array, axis_name: Hashable | None
-) -> jax.Array:
+def sum_by_domain(values: ArrayLike, member: jax.Array, axis_name: Any) -> jax.Array:
     """Returns the sum over each domain's rows, on all devices, ``[1, ..., 1, K]``."""
     rows = tuple(range(member.ndim - 1))
     sums = jnp.sum(jnp.where(member, values, 0), axis=rows, keepdims=True)
@@ -205,9 +196,7 @@ def of_own_domain(table: jax.Array, member: jax.Array, mask: jax.Array) -> jax.A
     return jnp.where(mask & ~jnp.any(member, axis=-1), jnp.nan, found)
 
 
-def _row_weights(
-    member: jax.Array, mask: jax.Array, axis_name: Hashable | None, dtype: Any
-) -> jax.Array:
+def _row_weights(member: Any, mask: Any, axis_name: Any, dtype: Any) -> jax.Array:
     counts = sum_by_domain(1, member, axis_name).astype(dtype)
     present = jnp.sum(counts > 0).astype(dtype)
     return of_own_domain(1 / jnp.maximum(present * counts, 1), member, mask)
@@ -242,9 +231,9 @@ def _checked(
             f"{' or '.join(map(str, sizes))}, got shape {z.shape} for `domains` of "
             f"shape {d.shape} and `num_domains={num_domains}`. If the last axis has a "
             f"logit for each domain, pass `num_domains={max(2, last)}` and "
-            f"`{with_axes('domains', d.ndim, max(0, z.ndim - 1))}`. If each logit has "
+            f"`{indexed('domains', d.ndim, max(0, z.ndim - 1))}`. If each logit has "
             "a domain of its own, pass `num_domains=2`, `logits[..., None]` and "
-            f"`{with_axes('domains', d.ndim, z.ndim)}`."
+            f"`{indexed('domains', d.ndim, z.ndim)}`."
         )
     shape = z.shape[:-1] if per_class else z.shape
     member, mask = members(domains, num_domains, where, shape)

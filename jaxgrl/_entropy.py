@@ -13,11 +13,7 @@ def is_activation(value: Any) -> bool:
 
 
 def check_classes(
-    name: str,
-    logits: Any,
-    activation: Callable[..., Any],
-    otherwise: str,
-    least_ndim: int = 2,
+    name: str, logits: Any, activation: Any, otherwise: str, least_ndim: int = 2
 ) -> None:
     """Raises ValueError unless ``logits`` are ``[..., C]`` for this activation.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._checks import as_array, check_floating, check_size, checked_mask
+from ._checks import as_array, as_mask, check_floating, check_size
 from ._dtypes import at_least_float32, is_real
 from ._entropy import check_classes, entropy, log_probabilities
 
@@ -79,9 +79,8 @@ def proxy_a_distance(
     check_size("seed", seed, 0, 2**32, "2**32 - 1")
     x = np.concatenate([source, target]).reshape(len(source) + len(target), -1)
     domains = np.repeat([0, 1], [len(source), len(target)])
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)
-    )
+    classifier = LogisticRegression(class_weight="balanced", max_iter=1000)
+    model = make_pipeline(StandardScaler(), classifier)
     split = StratifiedKFold(folds, shuffle=True, random_state=seed)
     wrong = np.asarray(cross_val_predict(model, x, domains, cv=split)) != domains
     parts = wrong[: len(source)], wrong[len(source) :]
@@ -156,7 +155,7 @@ def information_maximization(
         "needed, but do not prove a small error on the target."
     )
     check_classes("target_logits", logits, activation, otherwise)
-    mask = checked_mask(where, logits.shape[:-1])
+    mask = as_mask(where, logits.shape[:-1])
     logits = jnp.where(mask[..., None], logits, 0)
     logits = logits.astype(at_least_float32(logits.dtype))
     log_p = log_probabilities(logits, activation)

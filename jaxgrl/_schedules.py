@@ -113,9 +113,7 @@ def _progress(step: ArrayLike, begin: float, steps: float) -> jax.Array:
     return jnp.clip((step - begin) / steps, 0.0, 1.0)
 
 
-def _number(
-    name: str, value: object, rule: str, holds: Callable[[float], bool]
-) -> float:
+def _number(name: str, value: Any, rule: str, holds: Callable[..., bool]) -> float:
     """Returns ``value`` as a float, checked."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
