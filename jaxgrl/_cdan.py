@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ._checks import as_array, check_floating
+from ._checks import as_floating
 from ._domain_metrics import members, of_own_domain, sum_by_domain
 from ._dtypes import at_least_float32
 from ._entropy import check_classes, entropy, log_probabilities
@@ -38,10 +38,8 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
       >>> print(jaxgrl.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5])))
       [0.5 1.  0.5 1. ]
     """
-    f = as_array("features", features)
-    p = as_array("probabilities", probabilities)
-    check_floating("features", f)
-    check_floating("probabilities", p)
+    f = as_floating("features", features)
+    p = as_floating("probabilities", probabilities)
     if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:
         raise ValueError(
             "`probabilities` must have the leading axes of `features`, got shape "
@@ -93,8 +91,7 @@ def entropy_weights(
       >>> print(*(f"{weight:.3f}" for weight in weights))  # 2 and 1.5, over their mean
       1.143 0.857
     """
-    logits = as_array("label_logits", label_logits)
-    check_floating("label_logits", logits)
+    logits = as_floating("label_logits", label_logits)
     otherwise = (
         "A regression head has no entropy: leave `weights` out of `domain_loss`. Under "
         "a `vmap` over single rows pass its `axis_name`."

@@ -30,10 +30,12 @@ def check_size(
         )
 
 
-def check_floating(name: str, value: Any) -> None:
-    """Raises TypeError unless the array ``value`` is floating."""
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must be floating, got {value.dtype}.")
+def as_floating(name: str, value: Any) -> jax.Array:
+    """Returns ``value`` as an array; raises TypeError unless it is floating."""
+    array = as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating, got {array.dtype}.")
+    return array
 
 
 def check_rows(name: str, value: jax.Array, shape: Any, *kinds: Any) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ._checks import as_array, as_mask, check_floating, check_rows, check_size, indexed
+from ._checks import as_array, as_floating, as_mask, check_rows, check_size, indexed
 from ._dtypes import at_least_float32
 from ._entropy import log_probabilities
 
@@ -217,8 +217,7 @@ def _checked(
 
     Masked rows come back as zeros: a gradient through whatever they held could be nan.
     """
-    z, d = as_array("logits", logits), as_array("domains", domains)
-    check_floating("logits", z)
+    z, d = as_floating("logits", logits), as_array("domains", domains)
     check_size("num_domains", num_domains, 2)
     last = z.shape[-1] if z.ndim else 1
     sizes = (1, 2) if num_domains == 2 else (num_domains,)

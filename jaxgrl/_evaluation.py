@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._checks import as_array, as_mask, check_floating, check_size
+from ._checks import as_array, as_floating, as_mask, check_size
 from ._dtypes import at_least_float32, is_real
 from ._entropy import check_classes, entropy, log_probabilities
 
@@ -147,8 +147,7 @@ def information_maximization(
       >>> print(f"{jaxgrl.information_maximization(certain):.4f}")  # log 2
       0.6931
     """
-    logits = as_array("target_logits", target_logits)
-    check_floating("target_logits", logits)
+    logits = as_floating("target_logits", target_logits)
     otherwise = (
         "A regression head has no classes: compare the error on held-out source "
         "examples and `proxy_a_distance` of the features. Small values of both are "

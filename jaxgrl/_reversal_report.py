@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.extend.core import jaxpr_as_fun
 
-from ._checks import check_floating
+from ._checks import as_floating
 from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
 
 _PROBLEMS = {
@@ -64,11 +64,9 @@ _OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE = range(6)
 
 
 class Finding(NamedTuple):
-    """One thing that the report found.
+    """One thing that the report found: ``kind`` for code, and a ``text`` to read.
 
-    Attributes:
-      kind: Its name, for code to compare. It does not change between versions.
-      text: What was found, and what to do.
+    The kinds do not change between versions. A text says what to do.
     """
 
     kind: str
@@ -258,11 +256,10 @@ class _Loss:
                 "`loss` must return a scalar or (label_loss, domain_loss, "
                 f"domain_logits), each an array, got {returned!r}."
             )
-        terms = [jnp.asarray(term) for term in terms]
         losses = "label_loss", "loss" if self.sum_only else "domain_loss"
-        for name, term in zip((*losses, "domain_logits"), terms, strict=True):
-            check_floating(name, term)
-            if term.shape and name in losses:
+        terms = list(map(as_floating, (*losses, "domain_logits"), terms))
+        for name, term in zip(losses, terms, strict=False):
+            if term.shape:
                 raise ValueError(f"`{name}` must be a scalar, got shape {term.shape}.")
         return [term.astype(float) for term in terms]
 

@@ -52,11 +52,9 @@ class DANN(nn.Module):
       >>> from flax import linen as nn
       >>> features = nn.Sequential([nn.Dense(32), nn.relu])
       >>> model = jaxgrl.linen.DANN(features, nn.Dense(3), nn.Dense(1))
-      >>> x = jnp.ones((4, 8))
-      >>> params = model.init(jax.random.key(0), x)
-      >>> label_logits, domain_logits = model.apply(params, x, 0.5)
-      >>> print(label_logits.shape, domain_logits.shape)
-      (4, 3) (4, 1)
+      >>> params = model.init(jax.random.key(0), jnp.ones((4, 8)))
+      >>> print(model.apply(params, jnp.ones((4, 8)), 0.5).domain_logits.shape)
+      (4, 1)
     """
 
     feature_extractor: Callable[..., Any]

@@ -93,9 +93,8 @@ class DANN(nnx.Module):
       >>> features = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu)
       >>> heads = nnx.Linear(32, 3, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)
       >>> model = jaxgrl.nnx.DANN(features, *heads)
-      >>> label_logits, domain_logits = model(jnp.ones((4, 8)), 0.5)
-      >>> print(label_logits.shape, domain_logits.shape)
-      (4, 3) (4, 1)
+      >>> print(model(jnp.ones((4, 8)), 0.5).domain_logits.shape)
+      (4, 1)
     """
 
     def __init__(
@@ -121,8 +120,7 @@ class DANN(nnx.Module):
 
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
-          scale: The strength of the reversal; it may be traced. None takes that of the
-            layer, 1. No module receives it.
+          scale: The strength of the reversal, as in ``GradientReversal``.
           **kwargs: Each goes to every module whose call names it, such as ``mask=mask``
             for attention. A module's first argument and its ``**kwargs`` name nothing.
 
