@@ -24,8 +24,7 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     Args:
       features: ``[..., F]``, floating.
-      probabilities: ``[..., C]``, floating, with the same leading axes: the softmax of
-        the label logits, not the logits.
+      probabilities: ``[..., C]``, floating, of the same leading axes; not the logits.
 
     Returns:
       ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.
@@ -68,8 +67,7 @@ def entropy_weights(
     Source: Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
 
     Args:
-      label_logits: ``[batch, C]``, or ``[batch, H, W, C]`` for a prediction per pixel,
-        floating.
+      label_logits: ``[batch, C]`` or, per pixel, ``[batch, H, W, C]``; floating.
       domains: The domain of each row, as in ``domain_loss``; None if all are of one.
       num_domains: As in ``domain_loss``.
       where: As in ``domain_loss``.

@@ -157,10 +157,8 @@ def domain_accuracy(
 def members(
     domains: ArrayLike, num_domains: int, where: ArrayLike | None, shape: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns which domain each row counts for, one-hot ``[*shape, K]``, and the mask.
-
-    Not as indices: on an Explicit mesh JAX refuses to sort or gather by them.
-    """
+    """Returns each row's domain if it counts, one-hot ``[*shape, K]``, and the mask."""
+    # Not as indices: on an Explicit mesh JAX refuses to sort or gather by them.
     check_size("num_domains", num_domains, 2)
     codes = as_array("domains", domains)
     check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
@@ -213,10 +211,7 @@ def _over_devices(value: Any, axis_name: Hashable | None) -> Any:
 def _checked(
     logits: ArrayLike, domains: ArrayLike, num_domains: int, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns logits ``[..., 1 or K]``, their ``members`` and mask, all checked.
-
-    Masked rows come back as zeros: a gradient through whatever they held could be nan.
-    """
+    """Returns logits ``[..., 1 or K]``, their ``members`` and mask, all checked."""
     z, d = as_floating("logits", logits), as_array("domains", domains)
     check_size("num_domains", num_domains, 2)
     last = z.shape[-1] if z.ndim else 1
@@ -236,6 +231,7 @@ def _checked(
         )
     shape = z.shape[:-1] if per_class else z.shape
     member, mask = members(domains, num_domains, where, shape)
+    # A gradient through whatever masked rows held could be nan.
     z = jnp.where(mask[..., None] if per_class else mask, z, 0)
     z = z if per_class else z[..., None]
     return z.astype(at_least_float32(z.dtype)), member, mask

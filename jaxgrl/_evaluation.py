@@ -127,12 +127,10 @@ def information_maximization(
     Source: Bridle et al., NIPS 1991; Shi and Sha, 2012, https://arxiv.org/abs/1206.6438
 
     Args:
-      target_logits: The label logits of target examples, floating: ``[batch, C]``, or
-        ``[batch, H, W, C]`` for a prediction per pixel.
-      where: Which rows count, bool, with the leading axes of ``target_logits``, of
-        their sizes or 1; all of them if None. Masked rows may hold anything.
-      activation: ``jax.nn.softmax`` for one of C classes; ``jax.nn.sigmoid`` for C
-        independent labels, whose sum it returns, and for a binary head ``[..., 1]``.
+      target_logits: ``[batch, C]`` or, per pixel, ``[batch, H, W, C]``; floating.
+      where: Which rows count, bool, ``[batch]`` or ``[batch, H, W]``; all of them if
+        None. Any axis may have size 1. Masked rows may hold anything.
+      activation: As in ``entropy_weights``. Of independent labels it returns the sum.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not

@@ -17,12 +17,10 @@ GIVEN, OPEN, SHUT = range(3)
 
 
 def _choose(_: None, cts: tuple[Any, Any]) -> tuple[Any]:
-    """Returns what comes back through the rule, around it, or nothing.
-
-    An identity that keeps the sign, such as one that clips gradients, keeps its rule.
-    """
+    """Returns what comes back through the rule, around it, or nothing."""
     ruled, plain = cts
     agreement = (jnp.sign(ruled) * jnp.sign(plain).conj()).real
+    # An identity that keeps the sign, such as one that clips gradients, is no layer.
     is_layer = jnp.sum(agreement, dtype=jnp.float32) < 0
     setting = jax.lax.axis_index(AXIS)
     around = jnp.where(setting == OPEN, plain, 0)
@@ -36,10 +34,8 @@ _join.defvjp(lambda ruled, plain: (ruled, None), lambda _, ct: (ct, ct))
 
 
 def with_switches(part: Any) -> Any:
-    """Returns a program, or what else an equation holds, with a switch on each layer.
-
-    A part without a layer stays the same object: JAX's caches go by that.
-    """
+    """Returns a program, or a parameter of an equation, with a switch on each layer."""
+    # A part without a layer stays the same object: JAX's caches go by that.
     if isinstance(part, Jaxpr):
         eqns = [new for eqn in part.eqns for new in _switched(eqn)]
         return part if eqns == part.eqns else part.replace(eqns=eqns)

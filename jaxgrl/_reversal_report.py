@@ -64,10 +64,7 @@ _OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE = range(6)
 
 
 class Finding(NamedTuple):
-    """One thing that the report found: ``kind`` for code, and a ``text`` to read.
-
-    The kinds do not change between versions. A text says what to do.
-    """
+    """A finding: its ``kind``, the same in all versions, and a ``text`` with advice."""
 
     kind: str
     text: str

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -15,9 +15,7 @@ except ImportError as error:
 
 from ._dann import DANNOutput as DANNOutput
 from ._dann import apply_dann
-from ._gradient_reversal import ScaleLike, gradient_reversal
-
-T = TypeVar("T")
+from ._gradient_reversal import ScaleLike, T, gradient_reversal
 
 
 class GradientReversal(nn.Module):
@@ -70,8 +68,5 @@ class DANN(nn.Module):
     def __call__(
         self, x: Any, scale: ScaleLike | None = None, **kwargs: Any
     ) -> DANNOutput:
-        """Returns what ``jaxgrl.nnx.DANN`` does.
-
-        Under ``nn.jit`` name keywords in ``static_argnames``.
-        """
+        """As in ``jaxgrl.nnx.DANN``. ``nn.jit``: keywords go to ``static_argnames``."""
         return apply_dann(self, x, scale, kwargs)

@@ -1,7 +1,7 @@
 """Gradient reversal, and the network around it, as Flax NNX modules."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -14,9 +14,7 @@ except ImportError as error:
 
 from ._dann import DANNOutput as DANNOutput
 from ._dann import apply_dann
-from ._gradient_reversal import ScaleLike, gradient_reversal
-
-T = TypeVar("T")
+from ._gradient_reversal import ScaleLike, T, gradient_reversal
 
 
 class GradientReversal(nnx.Module):
@@ -64,10 +62,8 @@ class DANN(nnx.Module):
 
     Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
     the domain logits to the label loss. Under ``jit`` a discriminator whose logits you
-    do not use costs nothing.
-
-    Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
-    trains at full strength from step 0 on, and the features can vanish.
+    do not use costs nothing. Pass ``schedule(step)`` as ``scale`` in every step: at
+    full strength from step 0 on, the default, the features can vanish.
     Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     Args:
