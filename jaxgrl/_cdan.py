@@ -62,8 +62,7 @@ def entropy_weights(
     """Returns the weights of CDAN+E: examples that are easy to classify count more.
 
     ``1 + exp(-H)``, with H the entropy of each row's prediction in nats, divided by its
-    mean over the domain, so the balance of the domains stays as it is. Pass it to
-    ``jaxgrl.domain_loss(..., weights=weights)``.
+    mean over the domain: the domains stay balanced. Pass it to ``domain_loss``.
     Source: Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
 
     Args:
@@ -76,9 +75,8 @@ def entropy_weights(
         independent labels, whose entropies add, and for a binary head ``[..., 1]``.
 
     Returns:
-      The leading axes of ``label_logits``, float32 or wider, with mean 1 over the
-      counted rows of each domain. A masked row has 0. A traced domain out of range has
-      nan. No gradient passes.
+      One weight for each row, float32 or wider, with mean 1 over each domain's counted
+      rows: 0 if masked, nan if traced and out of range. No gradient passes.
 
     Raises:
       TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.

@@ -26,16 +26,13 @@ def domain_weights(
     ``1 / (D * n_d)`` for a row of domain d, with n_d the rows of that domain and D the
     number of domains that have rows. They sum to 1, and balance any loss per row, such
     as the hinge ``jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))``. With the
-    weights of the whole batch, losses and gradients of micro-batches or examples add up
-    to those of the batch.
+    weights of the whole batch, losses and gradients of its parts add up to its own.
 
     Arguments and errors are those of ``domain_loss``. ``domains`` may have any shape,
-    and ``where`` broadcasts against it. With ``axis_name``, those of all devices sum
-    to 1.
+    and ``where`` broadcasts against it. The weights of all devices sum to 1.
 
     Returns:
-      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0. A traced
-      domain out of range has nan.
+      float32 or, in 64-bit mode, float64; 0 if masked, nan if traced and out of range.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -83,12 +80,11 @@ def domain_loss(
       where: Which rows count, bool, with the axes of ``domains``; all of them if None.
         Masked rows may hold anything, nan and out-of-range domains included.
       weights: Factor of each row's cross entropy, floating, with the axes of
-        ``domains``; 1 if None. The domains stay balanced if its mean is 1 in each
-        domain, as that of ``entropy_weights`` is.
+        ``domains``. Domains stay balanced if its mean is 1 in each.
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
-        splits the batch. Take ``jax.lax.pmean`` of the loss, inside the function that
-        you differentiate, and of the gradient. Both are then those of the whole batch.
-        Under ``jit`` alone leave it out.
+        splits the batch; None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
+        inside the function that you differentiate, and of the gradient: both are then
+        those of the whole batch.
 
     Returns:
       A scalar, float32 or wider. It is 0, with a gradient of zeros, if no row counts
@@ -96,8 +92,7 @@ def domain_loss(
 
     Raises:
       TypeError: If a dtype does not fit.
-      ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
-        ``domains`` is read for that.
+      ValueError: If a shape does not fit or, outside ``jit``, a domain is out of range.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

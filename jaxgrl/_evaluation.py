@@ -122,8 +122,7 @@ def information_maximization(
     nats: from 0 to log C. It is large if each prediction is certain and all classes are
     predicted. To choose the scale of a DANN without a target label, train with each
     scale and a few seeds. Of the scales that are not clearly worse than the best, take
-    the one nearest to 1. The classes must be about as frequent in the target as the
-    predictions make them.
+    the one nearest to 1. Classes must be about as frequent in the target as predicted.
     Source: Bridle et al., NIPS 1991; Shi and Sha, 2012, https://arxiv.org/abs/1206.6438
 
     Args:

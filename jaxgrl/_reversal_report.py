@@ -79,8 +79,7 @@ class LeafReport(NamedTuple):
         the sum of the losses, ``"not reversed"`` for the last two.
       label_norm: The norm of the label gradient.
       domain_norm: The norm of the domain gradient, before the reversal.
-      cosine: Of the angle between the two. Above 0, what helps the label classifier
-        helps the discriminator.
+      cosine: Of the angle between the two. Above 0, the two losses agree.
     """
 
     path: str
@@ -98,8 +97,7 @@ class ReversalReport:
       leaves: A ``LeafReport`` for each floating array of the parameters.
       reversed: The same for all that are reversed, taken together.
       strength: What multiplies ``scale``; 1 if all is right, nan if none is reversed.
-      logit_spread: The largest standard deviation of a domain logit over the batch;
-        nan if the loss does not return them.
+      logit_spread: Largest standard deviation of a logit over the batch; nan for a sum.
       problems: A ``Finding`` for each sure mistake; empty for a correct model.
       notes: A ``Finding`` for each thing that is worth a look.
     """
@@ -153,8 +151,7 @@ def reversal_report(
     Args:
       loss: A function of ``(params, scale, *args)``, with a batch of every domain, that
         returns ``(label_loss, domain_loss, domain_logits)``: the two terms as they are
-        added, and the logits ``[batch, ...]``. Or the sum of the losses alone, which
-        shows less.
+        added, and the logits ``[batch, ...]``. Or the sum alone, which shows less.
       params: A pytree of parameters (Linen, Haiku, plain JAX), an ``nnx.Module`` or an
         Equinox module. Its floating arrays are looked at, and nothing is changed.
       *args: What else the loss takes, such as the batch. Arrays that span processes

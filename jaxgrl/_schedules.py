@@ -41,8 +41,7 @@ def dann_schedule(
       transition_begin: Step at which the transition starts, 0 or more.
 
     Returns:
-      An ``optax.Schedule``. It maps integers of any shape, traced or not, to scales of
-      the same shape, float32 or wider.
+      An ``optax.Schedule``, from integers of any shape to scales, float32 or wider.
 
     Raises:
       TypeError, ValueError: If an argument is no number, or breaks its rule.
@@ -78,8 +77,7 @@ def dann_learning_rate(
 
     ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
 
-    It is from the same paper as ``dann_schedule``, returns the same type, and raises
-    the same errors.
+    The source, the type and the errors are those of ``dann_schedule``.
 
     Args:
       init_value: Rate at the start, as in ``dann_schedule``; 0.01 in the paper.

@@ -21,15 +21,9 @@ from ._gradient_reversal import ScaleLike, T, gradient_reversal
 class GradientReversal(nn.Module):
     """``jaxgrl.nnx.GradientReversal`` in Linen.
 
-    Give the scale at call time for a schedule, or any array. The attribute is for a
-    constant number: Linen hashes attributes, so each new value traces anew, and an
-    array fails under ``nn.jit``.
-
-    Example:
-      >>> import jax, jaxgrl.linen, jax.numpy as jnp
-      >>> layer, x = jaxgrl.linen.GradientReversal(0.5), jnp.ones(2)
-      >>> print(layer.apply({}, x), jax.grad(lambda x: layer.apply({}, x).sum())(x))
-      [1. 1.] [-0.5 -0.5]
+    Pass a schedule's scale, or an array, at call time. The attribute is for a constant
+    number: Linen hashes it. A new value traces anew, and an array fails in ``nn.jit``.
+    There are no variables: ``GradientReversal().apply({}, x, scale)``.
     """
 
     scale: ScaleLike = 1.0
@@ -68,5 +62,5 @@ class DANN(nn.Module):
     def __call__(
         self, x: Any, scale: ScaleLike | None = None, **kwargs: Any
     ) -> DANNOutput:
-        """As in ``jaxgrl.nnx.DANN``. ``nn.jit``: keywords go to ``static_argnames``."""
+        """As in NNX. Under ``nn.jit`` name the keywords in ``static_argnames``."""
         return apply_dann(self, x, scale, kwargs)

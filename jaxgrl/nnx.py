@@ -22,10 +22,8 @@ class GradientReversal(nnx.Module):
 
     There are three ways to give it the scale:
 
-    - ``layer(x, scale)``, at call time, for a schedule. It may be traced, and wins over
-      the constructor's.
-    - ``GradientReversal(0.5)``, a Python number, for a constant. It is static: each new
-      value traces ``nnx.jit`` anew.
+    - ``layer(x, scale)``, for a schedule. It may be traced, and wins over the others.
+    - ``GradientReversal(0.5)``, for a constant. A new number traces ``nnx.jit`` anew.
     - ``GradientReversal(nnx.Variable(jnp.array(0.5)))``, for a value that changes and
       belongs to the model. Setting it does not retrace, and a checkpoint holds it.
 
@@ -63,7 +61,8 @@ class DANN(nnx.Module):
     Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
     the domain logits to the label loss. Under ``jit`` a discriminator whose logits you
     do not use costs nothing. Pass ``schedule(step)`` as ``scale`` in every step: at
-    full strength from step 0 on, the default, the features can vanish.
+    full strength from step 0 on, the default, the features can vanish. For another
+    default or ``forward_mode=True`` replace ``model.gradient_reversal``.
     Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     Args:
@@ -77,10 +76,6 @@ class DANN(nnx.Module):
         ``jax.nn.softmax`` for ``[batch, ..., C]``; ``jax.nn.sigmoid`` for independent
         labels and for a binary head ``[batch, ..., 1]``, which becomes two classes; or
         another callable, such as ``lambda y: y`` for a regression.
-
-    Attributes:
-      gradient_reversal: The layer, ``GradientReversal()``. Replace it for another
-        default scale or for ``forward_mode=True``.
 
     Example:
       >>> import jaxgrl.nnx, jax.numpy as jnp
