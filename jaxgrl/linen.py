@@ -19,7 +19,7 @@ from ._gradient_reversal import ScaleLike, T, gradient_reversal
 
 
 class GradientReversal(nn.Module):
-    """``jaxgrl.nnx.GradientReversal`` in Linen.
+    """``jaxgrl.nnx.GradientReversal`` in Linen, with the same arguments as attributes.
 
     Pass a schedule's scale, or an array, at call time. The attribute is for a constant
     number: Linen hashes it. A new value traces anew, and an array fails in ``nn.jit``.
