@@ -47,11 +47,14 @@ def apply_dann(model: Any, x: Any, scale: Any, kwargs: dict[str, Any]) -> DANNOu
 def _named(module: Any) -> list[str]:
     """Returns the keywords that the call of a module names, its input left out."""
     try:
-        parameters = list(inspect.signature(module).parameters.values())
+        parameters = inspect.signature(module).parameters.values()
     except (TypeError, ValueError):  # some builtins have no signature
         return []
-    kinds = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    return [p.name for p in parameters[1:] if p.kind in kinds]
+    return [
+        p.name
+        for i, p in enumerate(parameters)
+        if p.kind is p.KEYWORD_ONLY or (i and p.kind is p.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def _predictions(features: Any, label_logits: Any, activation: Any) -> Any:
