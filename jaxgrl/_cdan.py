@@ -20,17 +20,16 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     With it CDAN's discriminator can tell domains apart within each class. Pass it as
     ``condition=`` to a ``DANN``. By hand, stop the gradient of the probabilities.
+    Raises TypeError or ValueError if a dtype or a shape does not fit.
     Source: Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
 
     Args:
       features: ``[..., F]``, floating.
-      probabilities: ``[..., C]``, floating, of the same leading axes; not the logits.
+      probabilities: ``[..., C]``, floating, with the same leading axes. The softmax of
+        the label logits, not the logits.
 
     Returns:
       ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.
-
-    Raises:
-      TypeError, ValueError: If a dtype, or a shape, does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -62,7 +61,8 @@ def entropy_weights(
     """Returns the weights of CDAN+E: examples that are easy to classify count more.
 
     ``1 + exp(-H)``, with H the entropy of each row's prediction in nats, divided by its
-    mean over the domain: the domains stay balanced. Pass it to ``domain_loss``.
+    mean over the domain, so the domains stay balanced. Pass it to ``domain_loss``.
+    Raises TypeError or ValueError as that does, or if ``activation`` is another.
     Source: Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
 
     Args:
@@ -75,11 +75,9 @@ def entropy_weights(
         independent labels, whose entropies add, and for a binary head ``[..., 1]``.
 
     Returns:
-      One weight for each row, float32 or wider, with mean 1 over each domain's counted
-      rows: 0 if masked, nan if traced and out of range. No gradient passes.
-
-    Raises:
-      TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
+      One weight for each row, float32 or wider. No gradient passes. The mean over the
+      counted rows of a domain is 1. A masked row has 0. A traced domain out of range
+      has nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

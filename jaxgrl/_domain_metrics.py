@@ -32,7 +32,8 @@ def domain_weights(
     and ``where`` broadcasts against it. The weights of all devices sum to 1.
 
     Returns:
-      float32 or, in 64-bit mode, float64; 0 if masked, nan if traced and out of range.
+      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0. A traced
+      domain out of range has nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -80,7 +81,7 @@ def domain_loss(
       where: Which rows count, bool, with the axes of ``domains``; all of them if None.
         Masked rows may hold anything, nan and out-of-range domains included.
       weights: Factor of each row's cross entropy, floating, with the axes of
-        ``domains``. Domains stay balanced if its mean is 1 in each.
+        ``domains``. Domains stay balanced if its mean is 1 (see ``entropy_weights``).
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
         splits the batch; None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
         inside the function that you differentiate, and of the gradient: both are then
@@ -92,7 +93,8 @@ def domain_loss(
 
     Raises:
       TypeError: If a dtype does not fit.
-      ValueError: If a shape does not fit or, outside ``jit``, a domain is out of range.
+      ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
+        ``domains`` is read for that.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -138,8 +140,7 @@ def domain_accuracy(
       0.75
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
-    one = logits.shape[-1] == 1
-    chosen = logits[..., 0] > 0 if one else jnp.argmax(logits, axis=-1)
+    chosen = logits[..., 0] > 0 if logits.shape[-1] == 1 else jnp.argmax(logits, -1)
     hits = member & jax.nn.one_hot(chosen.astype(jnp.int32), num_domains, dtype=bool)
     hits = jnp.any(hits, axis=-1).astype(logits.dtype)
     hits = jnp.where(jnp.any(jnp.isnan(logits), axis=-1), jnp.nan, hits)

@@ -57,10 +57,7 @@ def proxy_a_distance(
       True
     """
     try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+        from sklearn import linear_model, model_selection, pipeline, preprocessing
     except ImportError as error:
         raise ImportError(
             "`jaxgrl.proxy_a_distance` needs scikit-learn. Install it with: "
@@ -79,10 +76,11 @@ def proxy_a_distance(
     check_size("seed", seed, 0, 2**32, "2**32 - 1")
     x = np.concatenate([source, target]).reshape(len(source) + len(target), -1)
     domains = np.repeat([0, 1], [len(source), len(target)])
-    classifier = LogisticRegression(class_weight="balanced", max_iter=1000)
-    model = make_pipeline(StandardScaler(), classifier)
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    wrong = np.asarray(cross_val_predict(model, x, domains, cv=split)) != domains
+    logistic = linear_model.LogisticRegression(class_weight="balanced", max_iter=1000)
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), logistic)
+    split = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
+    guesses = model_selection.cross_val_predict(model, x, domains, cv=split)
+    wrong = np.asarray(guesses) != domains
     parts = wrong[: len(source)], wrong[len(source) :]
     error = sum(float(np.mean(part)) for part in parts)
     variance = sum(float(np.var(part)) / len(part) for part in parts)
@@ -123,6 +121,7 @@ def information_maximization(
     predicted. To choose the scale of a DANN without a target label, train with each
     scale and a few seeds. Of the scales that are not clearly worse than the best, take
     the one nearest to 1. Classes must be about as frequent in the target as predicted.
+    Raises TypeError or ValueError if a dtype, a shape or ``activation`` does not fit.
     Source: Bridle et al., NIPS 1991; Shi and Sha, 2012, https://arxiv.org/abs/1206.6438
 
     Args:
@@ -134,9 +133,6 @@ def information_maximization(
     Returns:
       A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not
       finite. Compare with ``jnp.nanargmax``: no diverged run is then chosen.
-
-    Raises:
-      TypeError, ValueError: If a dtype, a shape or ``activation`` does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

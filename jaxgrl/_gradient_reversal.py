@@ -35,7 +35,7 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
 
     Forward, ``R(x) = x``: bit for bit, for inf, nan and -0.0 too, and nothing is left
     of it in a compiled program. Backward, ``dR/dx = -scale * I``, at every order: the
-    second derivative of ``f(R(x))`` is ``scale**2 * f''``. ``scale`` has no gradient.
+    second derivative of ``f(R(x))`` is ``scale**2 * f''``. ``scale`` gets no gradient.
     Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:
@@ -52,7 +52,7 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
         - an ``nnx.Variable`` that holds one.
 
         Any real value is legal: 0 sends nothing back, a negative value scales without
-        reversing, and -1 is the plain identity. With 0, inf and nan arrive as nan.
+        reversing, and -1 is the plain identity. With 0, a gradient of inf becomes nan.
       forward_mode: True defines ``jvp``, ``jacfwd`` and ``linearize`` too, as
         ``-scale * tangent``. With False they raise JAX's TypeError "can't apply
         forward-mode autodiff (jvp) to a custom_vjp function."

@@ -97,7 +97,8 @@ class ReversalReport:
       leaves: A ``LeafReport`` for each floating array of the parameters.
       reversed: The same for all that are reversed, taken together.
       strength: What multiplies ``scale``; 1 if all is right, nan if none is reversed.
-      logit_spread: Largest standard deviation of a logit over the batch; nan for a sum.
+      logit_spread: The largest standard deviation of a domain logit over the batch;
+        nan if the loss does not return them.
       problems: A ``Finding`` for each sure mistake; empty for a correct model.
       notes: A ``Finding`` for each thing that is worth a look.
     """

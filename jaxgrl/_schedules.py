@@ -31,6 +31,7 @@ def dann_schedule(
 
     Pass the value to the reversal layer only. If it weights the domain loss too, the
     features see its square, and the discriminator learns nothing while it is small.
+    Raises TypeError or ValueError if an argument is no number, or breaks its rule.
     Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:
@@ -41,10 +42,8 @@ def dann_schedule(
       transition_begin: Step at which the transition starts, 0 or more.
 
     Returns:
-      An ``optax.Schedule``, from integers of any shape to scales, float32 or wider.
-
-    Raises:
-      TypeError, ValueError: If an argument is no number, or breaks its rule.
+      An ``optax.Schedule``. It maps integers of any shape, traced or not, to scales of
+      the same shape, float32 or wider.
 
     Example:
       >>> import jaxgrl

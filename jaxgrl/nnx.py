@@ -60,9 +60,11 @@ class DANN(nnx.Module):
 
     Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
     the domain logits to the label loss. Under ``jit`` a discriminator whose logits you
-    do not use costs nothing. Pass ``schedule(step)`` as ``scale`` in every step: at
-    full strength from step 0 on, the default, the features can vanish. For another
-    default or ``forward_mode=True`` replace ``model.gradient_reversal``.
+    do not use costs nothing.
+
+    Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
+    trains at full strength from step 0 on, and the features can vanish. Replace
+    ``model.gradient_reversal`` for another default scale or for ``forward_mode=True``.
     Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     Args:
