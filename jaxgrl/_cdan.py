@@ -75,9 +75,8 @@ def entropy_weights(
         independent labels, whose entropies add, and for a binary head ``[..., 1]``.
 
     Returns:
-      One weight for each row, float32 or wider. No gradient passes. The mean over the
-      counted rows of a domain is 1. A masked row has 0. A traced domain out of range
-      has nan.
+      One weight for each row, float32 or wider. No gradient passes. The mean over a
+      domain's counted rows is 1. A masked row has 0, a traced domain out of range nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

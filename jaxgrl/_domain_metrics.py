@@ -26,7 +26,7 @@ def domain_weights(
     ``1 / (D * n_d)`` for a row of domain d, with n_d the rows of that domain and D the
     number of domains that have rows. They sum to 1, and balance any loss per row, such
     as the hinge ``jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))``. With the
-    weights of the whole batch, losses and gradients of its parts add up to its own.
+    weights of the whole batch, micro-batches add up to its loss and its gradient.
 
     Arguments and errors are those of ``domain_loss``. ``domains`` may have any shape,
     and ``where`` broadcasts against it. The weights of all devices sum to 1.
@@ -83,9 +83,8 @@ def domain_loss(
       weights: Factor of each row's cross entropy, floating, with the axes of
         ``domains``. Domains stay balanced if its mean is 1 (see ``entropy_weights``).
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
-        splits the batch; None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
-        inside the function that you differentiate, and of the gradient: both are then
-        those of the whole batch.
+        splits the batch. None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
+        inside what you differentiate, and of the gradient, to get those of the batch.
 
     Returns:
       A scalar, float32 or wider. It is 0, with a gradient of zeros, if no row counts
