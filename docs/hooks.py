@@ -102,17 +102,11 @@ class Docstrings(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """Returns a docstring with literal blocks, examples and sources as Markdown."""
+    """Returns a docstring with literal blocks, examples and its source as Markdown."""
     text = re.sub(r"::$", ":", text, flags=re.M)
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
-    text, *references = re.split(r"^References:\n", text, flags=re.M)
-    text = with_links(text, "``")
-    if references:
-        # An entry ends with its address, or with a sentence's full stop.
-        entries = re.findall(r"\S.*?(?:https?://\S+|\.$)", references[0], re.S | re.M)
-        lines = [f"- {with_links(' '.join(e.split()), '``')}" for e in entries]
-        text = "\n".join([text, "**References**\n", *lines])
-    return text
+    text = re.sub(r"^Source:", r"\n**Source**:", text, flags=re.M)
+    return with_links(text, "``")
 
 
 def _as_page(path: str) -> str:

@@ -2,7 +2,6 @@
 
 from ._cdan import entropy_weights as entropy_weights
 from ._cdan import multilinear_map as multilinear_map
-from ._cdan import randomized_multilinear_map as randomized_multilinear_map
 from ._dann import DANNOutput as DANNOutput
 from ._domain_metrics import domain_accuracy as domain_accuracy
 from ._domain_metrics import domain_loss as domain_loss

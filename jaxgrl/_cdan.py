@@ -1,15 +1,13 @@
-"""What CDAN adds to DANN: maps of features and predictions, and entropy weights."""
+"""What CDAN adds to DANN: the map of features and predictions, entropy weights."""
 
-import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from ._checks import as_array, check_floating
+from ._checks import as_floating
 from ._domain_metrics import members, of_own_domain, sum_by_domain
 from ._dtypes import at_least_float32
 from ._entropy import check_classes, entropy, log_probabilities
@@ -22,86 +20,33 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     With it CDAN's discriminator can tell domains apart within each class. Pass it as
     ``condition=`` to a ``DANN``. By hand, stop the gradient of the probabilities.
+    Raises TypeError or ValueError if a dtype or a shape does not fit.
+    Source: Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
 
     Args:
       features: ``[..., F]``, floating.
-      probabilities: ``[..., C]``, floating, with the leading axes of ``features``. The
-        softmax of the label logits, not the logits.
+      probabilities: ``[..., C]``, floating, with the same leading axes. The softmax of
+        the label logits, not the logits.
 
     Returns:
       ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.
-
-    Raises:
-      TypeError: If an argument is not floating.
-      ValueError: If their leading axes differ, or one has no axis.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> print(jaxgrl.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5])))
       [0.5 1.  0.5 1. ]
-
-    References:
-      Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
     """
-    f, p, dtype = _checked(features, probabilities)
-    joint = p[..., :, None] * f[..., None, :]
-    # Not -1, which an empty batch leaves undecided.
-    return joint.reshape(*f.shape[:-1], p.shape[-1] * f.shape[-1]).astype(dtype)
-
-
-def randomized_multilinear_map(
-    features: ArrayLike,
-    probabilities: ArrayLike,
-    matrices: tuple[ArrayLike, ArrayLike],
-) -> jax.Array:
-    """Returns a random projection of ``multilinear_map``, of a size that you choose.
-
-    ``out = (features @ Rf) * (probabilities @ Rp) / sqrt(D)``
-
-    Inner products are those of ``multilinear_map`` in expectation over the matrices.
-    The paper uses it when the outer product is larger than 4096, with D = 1024.
-
-    Args:
-      features: As in ``multilinear_map``.
-      probabilities: As in ``multilinear_map``.
-      matrices: ``(Rf, Rp)``, ``[F, D]`` and ``[C, D]``, floating: standard normal,
-        drawn once with two keys, saved with the model. They receive no gradient.
-
-    Returns:
-      ``[..., D]``, in the dtype of ``features``; computed in float32 or wider.
-
-    Raises:
-      TypeError: If an argument is not floating.
-      ValueError: If the shapes do not fit.
-
-    Example:
-      >>> import jax, jaxgrl, jax.numpy as jnp
-      >>> keys = jax.random.split(jax.random.key(0))
-      >>> matrices = tuple(map(jax.random.normal, keys, ((3, 5), (2, 5))))
-      >>> inputs = jnp.ones((4, 3)), jnp.full((4, 2), 0.5)
-      >>> print(jaxgrl.randomized_multilinear_map(*inputs, matrices).shape)
-      (4, 5)
-
-    References:
-      Long et al., NeurIPS 2018, section 3.2, https://arxiv.org/abs/1705.10667
-    """
-    f, p, dtype = _checked(features, probabilities)
-    try:
-        rf, rp = matrices
-    except (TypeError, ValueError) as error:
-        kind = type(matrices).__name__
-        raise TypeError(f"`matrices` must be two arrays, got {kind}.") from error
-    rf, rp = (lax.stop_gradient(as_array("matrices", m)) for m in (rf, rp))
-    for matrix in (rf, rp):
-        check_floating("matrices", matrix)
-    fits = rf.ndim == rp.ndim == 2 and rf.shape[1:] == rp.shape[1:]
-    if not fits or rf.shape[0] != f.shape[-1] or rp.shape[0] != p.shape[-1]:
+    f = as_floating("features", features)
+    p = as_floating("probabilities", probabilities)
+    if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:
         raise ValueError(
-            f"`matrices` must have shapes [F, D] and [C, D] with F = {f.shape[-1]} and "
-            f"C = {p.shape[-1]}, got shapes {rf.shape} and {rp.shape}."
+            "`probabilities` must have the leading axes of `features`, got shape "
+            f"{p.shape} for `features` of shape {f.shape}."
         )
-    projected = (f @ rf.astype(f.dtype)) * (p @ rp.astype(f.dtype))
-    return (projected / math.sqrt(rf.shape[1])).astype(dtype)
+    wide = at_least_float32(f.dtype, p.dtype)
+    joint = p.astype(wide)[..., :, None] * f.astype(wide)[..., None, :]
+    # Not -1, which an empty batch leaves undecided.
+    return joint.reshape(*f.shape[:-1], p.shape[-1] * f.shape[-1]).astype(f.dtype)
 
 
 def entropy_weights(
@@ -116,14 +61,13 @@ def entropy_weights(
     """Returns the weights of CDAN+E: examples that are easy to classify count more.
 
     ``1 + exp(-H)``, with H the entropy of each row's prediction in nats, divided by its
-    mean over the domain, so the balance of the domains stays as it is. Pass it to
-    ``jaxgrl.domain_loss(..., weights=weights)``.
+    mean over the domain, so the domains stay balanced. Pass it to ``domain_loss``.
+    Raises TypeError or ValueError as that does, or if ``activation`` is another.
+    Source: Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
 
     Args:
-      label_logits: ``[..., C]``, floating: ``[batch, C]``, or ``[batch, H, W, C]`` for
-        a prediction per pixel.
-      domains: The domain of each row, integer or bool, 0 to K - 1, with the leading
-        axes of ``label_logits``, of their sizes or 1; None if all are of one.
+      label_logits: ``[batch, C]`` or, per pixel, ``[batch, H, W, C]``; floating.
+      domains: The domain of each row, as in ``domain_loss``; None if all are of one.
       num_domains: As in ``domain_loss``.
       where: As in ``domain_loss``.
       axis_name: As in ``domain_loss``. The means are then over all devices.
@@ -131,24 +75,16 @@ def entropy_weights(
         independent labels, whose entropies add, and for a binary head ``[..., 1]``.
 
     Returns:
-      The leading axes of ``label_logits``, float32 or wider, with mean 1 over the
-      counted rows of each domain. A masked row has 0, so all are 0 if no row counts. A
-      traced domain out of range has nan. No gradient passes.
-
-    Raises:
-      TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
+      One weight for each row, float32 or wider. No gradient passes. The mean over a
+      domain's counted rows is 1. A masked row has 0, a traced domain out of range nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> weights = jaxgrl.entropy_weights(jnp.array([[9.0, -9.0], [0.0, 0.0]]))
       >>> print(*(f"{weight:.3f}" for weight in weights))  # 2 and 1.5, over their mean
       1.143 0.857
-
-    References:
-      Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
     """
-    logits = as_array("label_logits", label_logits)
-    check_floating("label_logits", logits)
+    logits = as_floating("label_logits", label_logits)
     otherwise = (
         "A regression head has no entropy: leave `weights` out of `domain_loss`. Under "
         "a `vmap` over single rows pass its `axis_name`."
@@ -158,27 +94,10 @@ def entropy_weights(
     shape = logits.shape[:-1]
     domains = jnp.zeros((1,) * len(shape), jnp.int32) if domains is None else domains
     member, mask = members(domains, num_domains, where, shape)
-    logits = lax.stop_gradient(jnp.where(mask[..., None], logits, 0))
+    logits = jax.lax.stop_gradient(jnp.where(mask[..., None], logits, 0))
     logits = logits.astype(at_least_float32(logits.dtype))
     values = 1 + jnp.exp(-entropy(log_probabilities(logits, activation)))
     sums = sum_by_domain(values[..., None], member, axis_name)
     counts = sum_by_domain(1, member, axis_name).astype(values.dtype)
     # Each value is 1 or more, so their sum is too unless the domain has no row.
     return values * of_own_domain(counts / jnp.maximum(sums, 1), member, mask)
-
-
-def _checked(
-    features: ArrayLike, probabilities: ArrayLike
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Returns both in float32 or wider, checked, and the dtype of the features."""
-    f = as_array("features", features)
-    p = as_array("probabilities", probabilities)
-    check_floating("features", f)
-    check_floating("probabilities", p)
-    if not f.ndim or not p.ndim or f.shape[:-1] != p.shape[:-1]:
-        raise ValueError(
-            "`probabilities` must have the leading axes of `features`, got shape "
-            f"{p.shape} for `features` of shape {f.shape}."
-        )
-    wide = at_least_float32(f.dtype, p.dtype)
-    return f.astype(wide), p.astype(wide), f.dtype

@@ -20,48 +20,47 @@ def as_array(name: str, value: Any, convert: Callable[[Any], A] = jnp.asarray) -
         raise TypeError(f"`{name}` must be an array, got {kind}. {error}") from error
 
 
-def check_size(name: str, value: Any, least: int) -> None:
-    """Raises ValueError unless ``value`` is a size, ``least`` or more."""
-    if not isinstance(value, numbers.Integral) or not least <= int(value) < 2**31:
+def check_size(
+    name: str, value: Any, least: int, end: int = 2**31, most: str = "2**31 - 1"
+) -> None:
+    """Raises ValueError unless ``value`` is whole and in ``least`` to ``end - 1``."""
+    if not isinstance(value, numbers.Integral) or not least <= int(value) < end:
         raise ValueError(
-            f"`{name}` must be a whole number from {least} to 2**31 - 1, got {value!r}."
+            f"`{name}` must be a whole number from {least} to {most}, got {value!r}."
         )
 
 
-def check_floating(name: str, value: Any) -> None:
-    """Raises TypeError unless the array ``value`` is floating."""
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"`{name}` must be floating, got {value.dtype}.")
+def as_floating(name: str, value: Any) -> jax.Array:
+    """Returns ``value`` as an array; raises TypeError unless it is floating."""
+    array = as_array(name, value)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"`{name}` must be floating, got {array.dtype}.")
+    return array
 
 
-def check_rows(
-    name: str, value: jax.Array, shape: tuple[int, ...], *kinds: Any
-) -> None:
-    """Raises unless ``value`` has a dtype of ``kinds`` and broadcasts to ``shape``.
-
-    With as many axes as ``shape``: NumPy would align the last ones, not the rows.
-    """
+def check_rows(name: str, value: jax.Array, shape: Any, *kinds: Any) -> None:
+    """Raises unless ``value`` has a dtype of ``kinds`` and broadcasts to ``shape``."""
     if not any(jnp.issubdtype(value.dtype, kind) for kind in kinds):
         names = " or ".join(kind.__name__.strip("_") for kind in kinds)
         raise TypeError(f"`{name}` must be {names}, got {value.dtype}.")
     sizes = zip(value.shape, shape, strict=False)
+    # With as many axes: NumPy would align the last ones, not the rows.
     if value.ndim != len(shape) or any(n not in (1, m) for n, m in sizes):
+        way = indexed(name, value.ndim, len(shape))
         raise ValueError(
             f"`{name}` must have shape {shape}, or 1 in place of any size, got shape "
-            f"{value.shape}."
-            + f" Use `{with_axes(name, value.ndim, len(shape))}`."
-            * (value.ndim != len(shape))
+            f"{value.shape}." + f" Use `{way}`." * (way != name)
         )
 
 
-def checked_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
+def as_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
     """Returns ``where``, checked and of ``shape``; True everywhere if it is None."""
     mask = jnp.ones(shape, bool) if where is None else as_array("where", where)
     check_rows("where", mask, shape, jnp.bool_)
     return jnp.broadcast_to(mask, shape)
 
 
-def with_axes(name: str, ndim: int, needed: int) -> str:
+def indexed(name: str, ndim: int, needed: int) -> str:
     """Returns the expression that gives an array of ``ndim`` axes ``needed`` axes."""
     added = [":"] * ndim + ["None"] * (needed - ndim)
     index = added if needed > ndim else ["...", *["0"] * (ndim - needed)]

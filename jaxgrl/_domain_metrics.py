@@ -9,14 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from ._checks import (
-    as_array,
-    check_floating,
-    check_rows,
-    check_size,
-    checked_mask,
-    with_axes,
-)
+from ._checks import as_array, as_floating, as_mask, check_rows, check_size, indexed
 from ._dtypes import at_least_float32
 from ._entropy import log_probabilities
 
@@ -33,31 +26,19 @@ def domain_weights(
     ``1 / (D * n_d)`` for a row of domain d, with n_d the rows of that domain and D the
     number of domains that have rows. They sum to 1, and balance any loss per row, such
     as the hinge ``jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))``. With the
-    weights of the whole batch, losses and gradients of micro-batches or examples add up
-    to those of the batch.
+    weights of the whole batch, micro-batches add up to its loss and its gradient.
 
-    Args:
-      domains: The domain of each row, integer or bool, of any shape: 0 for the source
-        and 1 for the target, or 0 to K - 1.
-      num_domains: K, 2 or more.
-      where: Which rows count, bool, with as many axes as ``domains``, against which it
-        broadcasts; all if None.
-      axis_name: As in ``domain_loss``. The weights of all devices sum to 1.
+    Arguments and errors are those of ``domain_loss``. ``domains`` may have any shape,
+    and ``where`` broadcasts against it. The weights of all devices sum to 1.
 
     Returns:
-      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0, so all
-      are 0 if no row counts. A traced domain out of range has nan.
-
-    Raises:
-      TypeError, ValueError: As in ``domain_loss``.
+      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0. A traced
+      domain out of range has nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> print(jaxgrl.domain_weights(jnp.array([0, 1, 1, 1, 1])))
       [0.5   0.125 0.125 0.125 0.125]
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     shape = as_array("domains", domains).shape
     mask_shape = () if where is None else as_array("where", where).shape
@@ -83,6 +64,7 @@ def domain_loss(
 
     This is the sum of ``domain_weights`` times cross entropy. Unequal numbers of source
     and target examples do not bias it. For two domains it is half of the paper's sum.
+    Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     *Add* it to the label loss, without the reversal strength as a weight. The layer in
     front of the discriminator does the subtracting, for the feature extractor alone.
@@ -99,30 +81,25 @@ def domain_loss(
       where: Which rows count, bool, with the axes of ``domains``; all of them if None.
         Masked rows may hold anything, nan and out-of-range domains included.
       weights: Factor of each row's cross entropy, floating, with the axes of
-        ``domains``; 1 if None. The domains stay balanced if its mean is 1 in each
-        domain, as that of ``entropy_weights`` is.
+        ``domains``. Domains stay balanced if its mean is 1 (see ``entropy_weights``).
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
-        splits the batch. Take ``jax.lax.pmean`` of the loss, inside the function that
-        you differentiate, and of the gradient. Both are then those of the whole batch.
-        Under ``jit`` alone leave it out.
+        splits the batch. None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
+        inside what you differentiate, and of the gradient, to get those of the batch.
 
     Returns:
       A scalar, float32 or wider. It is 0, with a gradient of zeros, if no row counts
       (an empty or a fully masked batch). A traced domain out of range gives nan.
 
     Raises:
+      TypeError: If a dtype does not fit.
       ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
         ``domains`` is read for that.
-      TypeError: If a dtype does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> logits, domains = jnp.array([-2.0, -2.0, 2.0]), jnp.array([0, 0, 1])
       >>> print(f"{jaxgrl.domain_loss(logits, domains):.4f}")
       0.1269
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     activation = jax.nn.sigmoid if logits.shape[-1] == 1 else jax.nn.softmax
@@ -148,35 +125,21 @@ def domain_accuracy(
 
     The mean, over the domains that have rows, of the share of rows that are assigned to
     their domain. It is 1 if all are, and ``1 / K`` if the discriminator cannot tell the
-    K domains apart, whatever their sizes.
-
-    Args:
-      logits: As in ``domain_loss``, and so are the others.
-      domains: The domain of each row.
-      num_domains: K, 2 or more.
-      where: Which rows count.
-      axis_name: The mapped axis. ``jax.lax.pmean`` of the accuracies is that of the
-        whole batch.
+    K domains apart, whatever their sizes. Arguments and errors are those of
+    ``domain_loss``. With ``axis_name``, ``jax.lax.pmean`` of it is that of the batch.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts (an empty or a fully masked
       batch), a counted logit is nan, or a traced domain is out of range.
-
-    Raises:
-      TypeError, ValueError: As in ``domain_loss``.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> logits, domains = jnp.array([-2.0, 2.0, 2.0]), jnp.array([0, 0, 1])
       >>> print(jaxgrl.domain_accuracy(logits, domains))
       0.75
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
-    one = logits.shape[-1] == 1
-    chosen = logits[..., 0] > 0 if one else jnp.argmax(logits, axis=-1)
+    chosen = logits[..., 0] > 0 if logits.shape[-1] == 1 else jnp.argmax(logits, -1)
     hits = member & jax.nn.one_hot(chosen.astype(jnp.int32), num_domains, dtype=bool)
     hits = jnp.any(hits, axis=-1).astype(logits.dtype)
     hits = jnp.where(jnp.any(jnp.isnan(logits), axis=-1), jnp.nan, hits)
@@ -187,19 +150,14 @@ def domain_accuracy(
 
 
 def members(
-    domains: ArrayLike,
-    num_domains: int,
-    where: ArrayLike | None,
-    shape: tuple[int, ...],
+    domains: ArrayLike, num_domains: int, where: ArrayLike | None, shape: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns which domain each row counts for, one-hot ``[*shape, K]``, and the mask.
-
-    Not as indices: on an Explicit mesh JAX refuses to sort or gather by them.
-    """
+    """Returns each row's domain if it counts, one-hot ``[*shape, K]``, and the mask."""
+    # Not as indices: on an Explicit mesh JAX refuses to sort or gather by them.
     check_size("num_domains", num_domains, 2)
     codes = as_array("domains", domains)
     check_rows("domains", codes, shape, jnp.integer, jnp.bool_)
-    mask = checked_mask(where, shape)
+    mask = as_mask(where, shape)
     # In NumPy, since under a trace even a constant becomes a tracer.
     if all(
         not isinstance(a, Tracer) and getattr(a, "is_fully_addressable", True)
@@ -218,9 +176,7 @@ def members(
     return member & mask[..., None], mask
 
 
-def sum_by_domain(
-    values: ArrayLike, member: jax.Array, axis_name: Hashable | None
-) -> jax.Array:
+def sum_by_domain(values: ArrayLike, member: jax.Array, axis_name: Any) -> jax.Array:
     """Returns the sum over each domain's rows, on all devices, ``[1, ..., 1, K]``."""
     rows = tuple(range(member.ndim - 1))
     sums = jnp.sum(jnp.where(member, values, 0), axis=rows, keepdims=True)
@@ -233,9 +189,7 @@ def of_own_domain(table: jax.Array, member: jax.Array, mask: jax.Array) -> jax.A
     return jnp.where(mask & ~jnp.any(member, axis=-1), jnp.nan, found)
 
 
-def _row_weights(
-    member: jax.Array, mask: jax.Array, axis_name: Hashable | None, dtype: Any
-) -> jax.Array:
+def _row_weights(member: Any, mask: Any, axis_name: Any, dtype: Any) -> jax.Array:
     counts = sum_by_domain(1, member, axis_name).astype(dtype)
     present = jnp.sum(counts > 0).astype(dtype)
     return of_own_domain(1 / jnp.maximum(present * counts, 1), member, mask)
@@ -252,12 +206,8 @@ def _over_devices(value: Any, axis_name: Hashable | None) -> Any:
 def _checked(
     logits: ArrayLike, domains: ArrayLike, num_domains: int, where: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns logits ``[..., 1 or K]``, their ``members`` and mask, all checked.
-
-    Masked rows come back as zeros: a gradient through whatever they held could be nan.
-    """
-    z, d = as_array("logits", logits), as_array("domains", domains)
-    check_floating("logits", z)
+    """Returns logits ``[..., 1 or K]``, their ``members`` and mask, all checked."""
+    z, d = as_floating("logits", logits), as_array("domains", domains)
     check_size("num_domains", num_domains, 2)
     last = z.shape[-1] if z.ndim else 1
     sizes = (1, 2) if num_domains == 2 else (num_domains,)
@@ -270,12 +220,13 @@ def _checked(
             f"{' or '.join(map(str, sizes))}, got shape {z.shape} for `domains` of "
             f"shape {d.shape} and `num_domains={num_domains}`. If the last axis has a "
             f"logit for each domain, pass `num_domains={max(2, last)}` and "
-            f"`{with_axes('domains', d.ndim, max(0, z.ndim - 1))}`. If each logit has "
+            f"`{indexed('domains', d.ndim, max(0, z.ndim - 1))}`. If each logit has "
             "a domain of its own, pass `num_domains=2`, `logits[..., None]` and "
-            f"`{with_axes('domains', d.ndim, z.ndim)}`."
+            f"`{indexed('domains', d.ndim, z.ndim)}`."
         )
     shape = z.shape[:-1] if per_class else z.shape
     member, mask = members(domains, num_domains, where, shape)
+    # A gradient through whatever masked rows held could be nan.
     z = jnp.where(mask[..., None] if per_class else mask, z, 0)
     z = z if per_class else z[..., None]
     return z.astype(at_least_float32(z.dtype)), member, mask

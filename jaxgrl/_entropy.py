@@ -13,16 +13,9 @@ def is_activation(value: Any) -> bool:
 
 
 def check_classes(
-    name: str,
-    logits: Any,
-    activation: Callable[..., Any],
-    otherwise: str,
-    least_ndim: int = 2,
+    name: str, logits: Any, activation: Any, otherwise: str, least_ndim: int = 2
 ) -> None:
-    """Raises ValueError unless ``logits`` are ``[..., C]`` for this activation.
-
-    ``otherwise`` says what to use for other heads.
-    """
+    """Raises ValueError unless ``logits`` fit; ``otherwise`` is for other heads."""
     if not is_activation(activation):
         raise ValueError(
             "`activation` must be jax.nn.softmax or jax.nn.sigmoid, got "
@@ -40,10 +33,8 @@ def check_classes(
 
 
 def log_probabilities(logits: jax.Array, activation: Callable[..., Any]) -> jax.Array:
-    """Returns the log probabilities ``[..., groups, classes]`` of ``[..., C]``.
-
-    A softmax is one group of C classes, a sigmoid C independent groups of two.
-    """
+    """Returns the log probabilities ``[..., groups, classes]`` of ``[..., C]``."""
+    # A softmax is one group of C classes, a sigmoid C independent groups of two.
     if activation is jax.nn.softmax:
         return jax.nn.log_softmax(logits)[..., None, :]
     return jax.nn.log_sigmoid(jnp.stack([-logits, logits], axis=-1))

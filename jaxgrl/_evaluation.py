@@ -1,6 +1,5 @@
 """Two numbers that judge a trained network without target labels."""
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ._checks import as_array, check_floating, checked_mask
+from ._checks import as_array, as_floating, as_mask, check_size
 from ._dtypes import at_least_float32, is_real
 from ._entropy import check_classes, entropy, log_probabilities
 
@@ -33,6 +32,8 @@ def proxy_a_distance(
     The proxy A-distance ``2 * (1 - 2 * error)``, with the held-out error of a fresh
     logistic regression on standardised features, averaged over the two domains. It is
     about 0 if the domains are confused, 2 if they are apart.
+    Source: Ben-David et al., NeurIPS 2006,
+    https://papers.nips.cc/paper/2983-analysis-of-representations-for-domain-adaptation
 
     Args:
       source_features: ``[n, ...]``, real and finite; trailing axes are flattened.
@@ -54,16 +55,9 @@ def proxy_a_distance(
       >>> source, target = np.random.default_rng(0).normal(size=(2, 200, 3))
       >>> jaxgrl.proxy_a_distance(source, target + 5).distance > 1.9
       True
-
-    References:
-      Ben-David et al., Analysis of Representations for Domain Adaptation, NeurIPS 2006,
-      https://papers.nips.cc/paper/2983-analysis-of-representations-for-domain-adaptation
     """
     try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold, cross_val_predict
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+        from sklearn import linear_model, model_selection, pipeline, preprocessing
     except ImportError as error:
         raise ImportError(
             "`jaxgrl.proxy_a_distance` needs scikit-learn. Install it with: "
@@ -77,22 +71,16 @@ def proxy_a_distance(
             f"shape {target.shape} beside {source.shape}."
         )
     fewest = min(len(source), len(target))
-    if not isinstance(folds, numbers.Integral) or not 2 <= folds <= fewest:
-        raise ValueError(
-            f"`folds` must be a whole number from 2 to the number of examples of a "
-            f"domain, {fewest}, got {folds!r}."
-        )
-    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
-        raise ValueError(
-            f"`seed` must be a whole number from 0 to 2**32 - 1, got {seed!r}."
-        )
+    most = f"the number of examples of a domain, {fewest}"
+    check_size("folds", folds, 2, fewest + 1, most)
+    check_size("seed", seed, 0, 2**32, "2**32 - 1")
     x = np.concatenate([source, target]).reshape(len(source) + len(target), -1)
     domains = np.repeat([0, 1], [len(source), len(target)])
-    model = make_pipeline(
-        StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000)
-    )
-    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    wrong = np.asarray(cross_val_predict(model, x, domains, cv=split)) != domains
+    logistic = linear_model.LogisticRegression(class_weight="balanced", max_iter=1000)
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), logistic)
+    split = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
+    guesses = model_selection.cross_val_predict(model, x, domains, cv=split)
+    wrong = np.asarray(guesses) != domains
     parts = wrong[: len(source)], wrong[len(source) :]
     error = sum(float(np.mean(part)) for part in parts)
     variance = sum(float(np.var(part)) / len(part) for part in parts)
@@ -132,43 +120,34 @@ def information_maximization(
     nats: from 0 to log C. It is large if each prediction is certain and all classes are
     predicted. To choose the scale of a DANN without a target label, train with each
     scale and a few seeds. Of the scales that are not clearly worse than the best, take
-    the one nearest to 1. The classes must be about as frequent in the target as the
-    predictions make them.
+    the one nearest to 1. Classes must be about as frequent in the target as predicted.
+    Raises TypeError or ValueError if a dtype, a shape or ``activation`` does not fit.
+    Source: Bridle et al., NIPS 1991; Shi and Sha, 2012, https://arxiv.org/abs/1206.6438
 
     Args:
-      target_logits: The label logits of target examples, ``[..., C]``, floating:
-        ``[batch, C]``, or ``[batch, H, W, C]`` for a prediction per pixel.
-      where: Which rows count, bool, with the leading axes of ``target_logits``, of
-        their sizes or 1; all of them if None. Masked rows may hold anything.
-      activation: ``jax.nn.softmax`` for one of C classes; ``jax.nn.sigmoid`` for C
-        independent labels, whose sum it returns, and for a binary head ``[..., 1]``.
+      target_logits: ``[batch, C]`` or, per pixel, ``[batch, H, W, C]``; floating.
+      where: Which rows count, bool, ``[batch]`` or ``[batch, H, W]``; all of them if
+        None. Any axis may have size 1. Masked rows may hold anything.
+      activation: As in ``entropy_weights``. Of independent labels it returns the sum.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not
       finite. Compare with ``jnp.nanargmax``: no diverged run is then chosen.
-
-    Raises:
-      TypeError: If a dtype does not fit.
-      ValueError: If a shape does not fit, or ``activation`` is another.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
       >>> certain = jnp.array([[50.0, 0.0], [0.0, 50.0]])
       >>> print(f"{jaxgrl.information_maximization(certain):.4f}")  # log 2
       0.6931
-
-    References:
-      Bridle et al., NIPS 1991; Shi and Sha, ICML 2012, https://arxiv.org/abs/1206.6438
     """
-    logits = as_array("target_logits", target_logits)
-    check_floating("target_logits", logits)
+    logits = as_floating("target_logits", target_logits)
     otherwise = (
         "A regression head has no classes: compare the error on held-out source "
         "examples and `proxy_a_distance` of the features. Small values of both are "
         "needed, but do not prove a small error on the target."
     )
     check_classes("target_logits", logits, activation, otherwise)
-    mask = checked_mask(where, logits.shape[:-1])
+    mask = as_mask(where, logits.shape[:-1])
     logits = jnp.where(mask[..., None], logits, 0)
     logits = logits.astype(at_least_float32(logits.dtype))
     log_p = log_probabilities(logits, activation)

@@ -34,14 +34,13 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
     """Returns ``x`` unchanged and multiplies its gradient by ``-scale``.
 
     Forward, ``R(x) = x``: bit for bit, for inf, nan and -0.0 too, and nothing is left
-    of it in a compiled program. Backward, ``dR/dx = -scale * I``, at every order of
-    differentiation: the second derivative of ``f(R(x))`` is ``scale**2 * f''``.
-    ``scale`` itself never receives a gradient.
+    of it in a compiled program. Backward, ``dR/dx = -scale * I``, at every order: the
+    second derivative of ``f(R(x))`` is ``scale**2 * f''``. ``scale`` gets no gradient.
+    Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:
-      x: An array, or any pytree. Floating and complex leaves of any shape are
-        reversed; leaves of any other kind (integers, booleans, PRNG keys, None,
-        strings) pass through untouched.
+      x: An array, or any pytree. Floating and complex leaves of any shape are reversed.
+        Other leaves (integers, booleans, PRNG keys, None, strings) pass through.
       scale: The strength of the reversal, the paper's lambda. May be traced, so that a
         schedule does not recompile anything. One of
 
@@ -53,25 +52,21 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
         - an ``nnx.Variable`` that holds one.
 
         Any real value is legal: 0 sends nothing back, a negative value scales without
-        reversing, and -1 is the plain identity. With 0, a gradient that is not finite
-        arrives as nan, since ``0 * inf`` is nan.
-      forward_mode: False leaves the pseudo-derivative to reverse mode, and forward mode
-        (``jvp``, ``jacfwd``, ``linearize``) raises JAX's TypeError "can't apply
-        forward-mode autodiff (jvp) to a custom_vjp function." True defines forward mode
-        as ``-scale * tangent`` too.
+        reversing, and -1 is the plain identity. With 0, a gradient of inf becomes nan.
+      forward_mode: True defines ``jvp``, ``jacfwd`` and ``linearize`` too, as
+        ``-scale * tangent``. With False they raise JAX's TypeError "can't apply
+        forward-mode autodiff (jvp) to a custom_vjp function."
 
     Returns:
       A pytree like ``x``, with the same values, shapes and dtypes. The gradient has the
-      dtype of ``x`` whatever the dtype of ``scale``: the product is computed in float32
-      or wider and rounded once.
+      dtype of ``x``: the product is computed in float32 or wider and rounded once.
 
     Raises:
       TypeError: If ``scale`` is complex, None, a string, or neither a number, an array
         nor a pytree prefix of ``x``; or if a leaf of ``x`` has a floating dtype without
         a sign (float8_e8m0fnu), or is a mutable reference.
-      ValueError: If ``scale`` is a number too large for a float, if its shape does not
-        align with a reversed leaf, or if on a mesh with Explicit axes the two are
-        sharded differently.
+      ValueError: If ``scale`` is too large for a float, does not align with a reversed
+        leaf, or is sharded differently on a mesh with Explicit axes.
 
     Example:
       >>> import jax
@@ -80,9 +75,6 @@ def gradient_reversal(x: T, scale: ScaleLike = 1.0, *, forward_mode: bool = Fals
       ...     return gradient_reversal(x, scale) ** 2
       >>> print(loss(3.0, 0.5), jax.grad(loss)(3.0, 0.5))
       9.0 -3.0
-
-    References:
-      Ganin and Lempitsky, ICML 2015, https://proceedings.mlr.press/v37/ganin15.html
     """
     scale = _as_array(scale)
     # Not jax.tree.map, which takes 1 us more of an eager call of 3.5 us.
@@ -199,9 +191,8 @@ def _what_fits(x_shape: tuple[Any, ...]) -> str:
     return f"Shapes that fit: {', '.join(str(s) for s in shapes)}."
 
 
-# jit caches the trace of the rule per shape, which makes tracing a model shorter.
-# Without inline=True it would stay a boundary in the gradient program that keeps XLA
-# from fusing across it (benchmarks/overhead.py).
+# jit caches the trace of the rule per shape. Without inline=True it would stay a
+# boundary that keeps XLA from fusing across it (benchmarks/overhead.py).
 @functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
 def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool) -> Any:
     # A derivative with respect to scale is zero; it must not make forward mode raise.
@@ -219,11 +210,10 @@ def _gradient_reversal(x: jax.Array, scale: Any, forward_mode: bool, tied: bool)
 def _tie(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Returns x, as batched and as varying over a mesh as scale is.
 
-    Where scale is mapped and x is shared, the output of the rule would stay unbatched
-    and its cotangents be summed before the rule, which is then applied once for every
-    example: wrong, and silent. The select has one case, so nothing of it is compiled,
-    and its transpose sums where it must. Its index is an int because a one-case bool
-    select has no transpose on JAX 0.10.
+    If scale is mapped and x is shared, cotangents would be summed before the rule,
+    which is then applied once for every example: wrong, and silent. The select has one
+    case, so nothing of it is compiled, and its transpose sums where it must. Its index
+    is an int because a one-case bool select has no transpose on JAX 0.10.
     """
     index = lax.convert_element_type(scale, jnp.int32)
     if index.ndim:
@@ -252,10 +242,9 @@ def _reversed(t: jax.Array, scale: jax.Array) -> jax.Array:
     return lax.convert_element_type(product, t.dtype)
 
 
-# Where a scan hoists loop invariants, JAX before 0.12 drops a custom_jvp rule and keeps
-# what its function does, so that second derivatives would be reversed once, silently. A
-# custom_vjp rule is kept: reverse over reverse is right there, and forward over reverse
-# (hessian) raises. See test_higher_order_through_scan.
+# Where a scan hoists loop invariants, JAX before 0.12 drops a custom_jvp rule, so that
+# second derivatives would be reversed once, silently. It keeps a custom_vjp rule, where
+# only forward over reverse (hessian) raises. See test_higher_order_through_scan.
 _SCAN_DROPS_CUSTOM_JVP = jax.__version_info__ < (0, 12)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.extend.core import jaxpr_as_fun
 
-from ._checks import check_floating
-from ._dtypes import at_least_float32
+from ._checks import as_floating
 from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
 
 _PROBLEMS = {
@@ -65,12 +64,7 @@ _OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE = range(6)
 
 
 class Finding(NamedTuple):
-    """One thing that the report found.
-
-    Attributes:
-      kind: Its name, for code to compare. It does not change between versions.
-      text: What was found, and what to do.
-    """
+    """A finding: its ``kind``, the same in all versions, and a ``text`` with advice."""
 
     kind: str
     text: str
@@ -85,8 +79,7 @@ class LeafReport(NamedTuple):
         the sum of the losses, ``"not reversed"`` for the last two.
       label_norm: The norm of the label gradient.
       domain_norm: The norm of the domain gradient, before the reversal.
-      cosine: Of the angle between the two. Above 0, what helps the label classifier
-        helps the discriminator.
+      cosine: Of the angle between the two. Above 0, the two losses agree.
     """
 
     path: str
@@ -118,10 +111,9 @@ class ReversalReport:
     notes: tuple[Finding, ...]
 
     def __str__(self) -> str:
-        rows: list[Any] = []
-        rows += [("parameter", "domain gradient", "|label|", "|domain|", "cosine")]
+        rows = [["parameter", "domain gradient", "|label|", "|domain|", "cosine"]]
         for path, kind, *numbers in (*self.leaves, self.reversed):
-            rows += [(path, kind, *(f"{n:.3g}".replace("nan", "") for n in numbers))]
+            rows += [[path, kind, *(f"{n:.3g}".replace("nan", "") for n in numbers)]]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         form = "{:<{}}  {:<{}}  {:>{}}  {:>{}}  {:>{}}".format
         lines = [form(*sum(zip(row, widths, strict=True), ())) for row in rows]
@@ -160,8 +152,7 @@ def reversal_report(
     Args:
       loss: A function of ``(params, scale, *args)``, with a batch of every domain, that
         returns ``(label_loss, domain_loss, domain_logits)``: the two terms as they are
-        added, and the logits ``[batch, ...]``. Or the sum of the losses alone, which
-        shows less.
+        added, and the logits ``[batch, ...]``. Or the sum alone, which shows less.
       params: A pytree of parameters (Linen, Haiku, plain JAX), an ``nnx.Module`` or an
         Equinox module. Its floating arrays are looked at, and nothing is changed.
       *args: What else the loss takes, such as the batch. Arrays that span processes
@@ -197,10 +188,9 @@ def reversal_report(
 
 
 class _Result(NamedTuple):
-    """The terms of the loss, and the inner products of the rows of each leaf."""
+    """Both losses, the logits, and the inner products of the rows of each leaf."""
 
-    label: float
-    domain: float
+    losses: list[np.ndarray]
     logits: np.ndarray
     products: np.ndarray
 
@@ -217,7 +207,7 @@ class _Result(NamedTuple):
 
     def varies(self) -> bool:
         """Whether a logit varies over the batch by more than rounding."""
-        ranges = np.ptp(np.atleast_1d(self.logits), axis=0)
+        ranges = np.ptp(self.logits, axis=0)
         return bool((ranges > 1e-6 * np.abs(self.logits).max()).any())
 
 
@@ -228,19 +218,17 @@ class _Loss:
         flat, structure = jax.tree.flatten_with_path((params, args))
         count, kinds = len(jax.tree.leaves(params)), jax.Array | np.ndarray | np.generic
         arrays = {i: v for i, (_, v) in enumerate(flat) if isinstance(v, kinds)}
-        inexact = [i for i, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.inexact)]
-        moving = [i for i in inexact if i < count]
-        if not moving:
+        inexact = (i for i, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.inexact))
+        self.moving = {i: arrays[i] for i in inexact if i < count}
+        if not self.moving:
             raise ValueError(
                 "`params` must have a floating array to differentiate, got "
                 f"{count} leaves of other kinds."
             )
-        keys = (flat[i][0][1:] for i in moving)
-        names = [jax.tree_util.keystr(k, simple=True, separator=".") for k in keys]
+        name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
         # Of an nnx.Variable, the path ends in the value that it holds.
-        self.paths = [name.removesuffix(".value") for name in names]
+        self.paths = [name(flat[i][0][1:]).removesuffix(".value") for i in self.moving]
         self.arrays, self.results, self.other = arrays, {}, None
-        self.sum_only, self.layers = False, 0
 
         def terms(arrays: Any, scale: Any) -> Any:
             filled = [arrays.get(i, leaf) for i, (_, leaf) in enumerate(flat)]
@@ -248,11 +236,7 @@ class _Loss:
             return self._terms(loss(params, scale, *args))
 
         def program(scale: float) -> Callable[..., Any]:
-            fixed = terms if traced else lambda arrays, _: terms(arrays, scale)
-            switched, self.layers = with_switches(jax.make_jaxpr(fixed)(arrays, 1.0))
-            gradients = functools.partial(_gradients, jaxpr_as_fun(switched), moving)
-            settings = {"in_axes": None, "axis_size": 3, "axis_name": AXIS}
-            return jax.jit(jax.vmap(gradients, **settings))
+            return self._program(terms if traced else lambda a, _: terms(a, scale))
 
         self.programs = {1.0: program(1.0)}
         self.programs[0.5] = self.programs[1.0] if traced else program(0.5)
@@ -260,21 +244,34 @@ class _Loss:
     def _terms(self, returned: Any) -> list[Any]:
         """Returns label loss, domain loss and logits; a sum counts as the second."""
         self.sum_only = not isinstance(returned, tuple | list)
-        terms = (0.0, returned, 0.0) if self.sum_only else tuple(returned)
+        terms = (0.0, returned, []) if self.sum_only else returned
         kinds = jax.Array | np.ndarray | int | float | list
         if len(terms) != 3 or not all(isinstance(term, kinds) for term in terms):
             raise TypeError(
                 "`loss` must return a scalar or (label_loss, domain_loss, "
                 f"domain_logits), each an array, got {returned!r}."
             )
-        terms = [jnp.asarray(term) for term in terms]
-        names = "label_loss", "domain_loss", "domain_logits"
-        for name, term in zip(names, terms, strict=True):
-            name = "loss" if self.sum_only else name
-            check_floating(name, term)
-            if term.shape and name != "domain_logits":
+        losses = "label_loss", "loss" if self.sum_only else "domain_loss"
+        terms = list(map(as_floating, (*losses, "domain_logits"), terms))
+        for name, term in zip(losses, terms, strict=False):
+            if term.shape:
                 raise ValueError(f"`{name}` must be a scalar, got shape {term.shape}.")
-        return terms
+        return [term.astype(float) for term in terms]
+
+    def _program(self, terms: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that differentiates a weighted sum of the terms."""
+        read = jax.make_jaxpr(terms)(self.arrays, 1.0)
+        switched = with_switches(read)
+        self.layers = switched is not read
+
+        def total(moving: Any, arrays: Any, scale: Any, weights: Any, nudge: Any):
+            moved = arrays | {i: _nudged(v, nudge) for i, v in moving.items()}
+            terms = jaxpr_as_fun(switched)(*jax.tree.leaves(moved), scale)
+            weighted = (w * jnp.sum(t) for w, t in zip(weights, terms, strict=True))
+            return sum(weighted), terms
+
+        gradients = jax.grad(total, has_aux=True)
+        return jax.jit(jax.vmap(gradients, None, axis_size=3, axis_name=AXIS))
 
     def run(self, weights: Any, scale: float = 1.0, nudge: float = 0.0) -> _Result:
         """Returns the result for a weighted sum of the terms, at parameters nearby."""
@@ -282,20 +279,17 @@ class _Loss:
         if key not in self.results:
             # The loss may not be defined nearby.
             with jax.debug_nans(False), jax.debug_infs(False):
-                pair = self.programs[scale](self.arrays, scale, weights, nudge)
-            grads, terms = jax.tree.map(_on_host, pair)
+                given = self.moving, self.arrays, scale, weights, nudge
+                grads, terms = jax.tree.map(_on_host, self.programs[scale](*given))
             self.other = self.other or [g[OPEN] for g in grads.values()]
             products = np.stack(list(map(_products, grads.values(), self.other)))
-            label, domain, logits = (term[0] for term in terms)
-            self.results[key] = _Result(label, domain, logits, products)
+            *losses, logits = (np.atleast_1d(term[0]) for term in terms)
+            self.results[key] = _Result(losses, logits, products)
         return self.results[key]
 
     def anywhere(self, weights: Any, row: int, sure: np.ndarray) -> np.ndarray:
-        """Returns for which leaves the row is not 0, here or nearby.
-
-        It may be 0 here by chance, such as behind a layer that starts at 0. A leaf that
-        is sure needs no second look.
-        """
+        """Returns where the row is not 0: here, or nearby for leaves not ``sure``."""
+        # It may be 0 here by chance, such as behind a layer that starts at 0.
         here = self.run(weights).norm(row) > 0
         if not here.any() or not (here | sure).all():
             here |= self.run(weights, nudge=_NEARBY).norm(row) > 0
@@ -310,19 +304,6 @@ class _Loss:
         return math.nan
 
 
-def _gradients(
-    loss: Any, moving: list[int], arrays: Any, scale: Any, weights: Any, nudge: Any
-) -> Any:
-    def total(point: Any) -> Any:
-        moved = arrays | {i: _nudged(value, nudge) for i, value in point.items()}
-        terms = list(map(jnp.asarray, loss(*jax.tree.leaves(moved), scale)))
-        wide = at_least_float32(*(term.dtype for term in terms))
-        terms = [term.astype(wide) for term in terms]
-        return sum(w * jnp.sum(t) for w, t in zip(weights, terms, strict=True)), terms
-
-    return jax.grad(total, has_aux=True)({i: arrays[i] for i in moving})
-
-
 def _nudged(value: Any, nudge: Any) -> Any:
     """Returns a value of the same sign nearby, or a small one for 0."""
     shape = value.shape or (1,)
@@ -334,8 +315,7 @@ def _nudged(value: Any, nudge: Any) -> Any:
 def _on_host(array: Any) -> np.ndarray:
     if not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
-    array = np.asarray(array)
-    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
+    return np.asarray(array, np.result_type(array.dtype, np.float32))
 
 
 @np.errstate(invalid="ignore", over="ignore")
@@ -360,29 +340,25 @@ def _report(loss: _Loss) -> ReversalReport:
     kinds = np.where(plain, "not reversed" if loss.sum_only else "plain", "none")
     kinds = np.where(through, "reversed", kinds)
     # Of a sum, what does not pass through the layers counts as the label gradient.
-    rows = (_SHUT, _THROUGH, _THROUGH) if loss.sum_only else (_OPEN, _OPEN, _OTHER)
-    squares = label.dot(rows[0], rows[0]), domain.dot(rows[1], rows[1])
-    dots = label.dot(rows[0], rows[2])
+    a, b = (_SHUT, _THROUGH) if loss.sum_only else (_OPEN, _OTHER)
 
     def row(path: str, kind: str, chosen: Any) -> LeafReport:
-        a, b = (math.sqrt(square[chosen].sum()) for square in squares)
-        cosine = dots[chosen].sum() / (a * b) if a * b else math.nan
-        return LeafReport(path, kind, a, b, float(cosine))
+        dots = label.products[chosen].sum(axis=0)
+        norm, other = math.sqrt(dots[a, a]), math.sqrt(dots[b, b])
+        cosine = dots[a, b] / (norm * other) if norm * other else math.nan
+        return LeafReport(path, kind, norm, other, float(cosine))
 
-    judged = not loss.sum_only and domain.logits.size
     return ReversalReport(
         tuple(row(path, str(kinds[i]), [i]) for i, path in enumerate(loss.paths)),
         row(f"together: {through.sum()} of {len(through)}", "reversed", through),
         loss.strength(1.0),
-        float(np.atleast_1d(domain.logits).std(axis=0).max()) if judged else math.nan,
+        float(domain.logits.std(axis=0).max()) if domain.logits.size else math.nan,
         tuple(finding for finding in found if finding.kind in _PROBLEMS),
         tuple(finding for finding in found if finding.kind in _NOTES),
     )
 
 
-def _findings(
-    loss: _Loss, domain: _Result, label: _Result, through: np.ndarray, plain: np.ndarray
-) -> Iterator[Finding]:
+def _findings(loss: _Loss, domain: Any, label: Any, through: Any, plain: Any) -> Any:
     strength = loss.strength(1.0)
 
     def found(kind: str, chosen: np.ndarray = through) -> Finding:
@@ -397,13 +373,12 @@ def _findings(
     half = loss.run(_DOMAIN, 0.5)
     nearby = domain if domain.norm(_THROUGH).any() else loss.run(_DOMAIN, 1.0, _NEARBY)
     twice = nearby.arrived() > 0
-    if not np.allclose(domain[:2], half[:2], rtol=1e-5, atol=0):
+    if not np.allclose(domain.losses, half.losses, rtol=1e-5, atol=0):
         yield found("scale_in_loss")
     elif not through.any():
-        shared = plain & loss.anywhere(_LABEL, _OPEN, ~plain)
         if not loss.layers and half.norm(_CHANGE).sum() > 1e-3 * half.norm(_OPEN).sum():
             yield found("unreadable")
-        elif loss.sum_only or shared.any():
+        elif loss.sum_only or (plain & loss.anywhere(_LABEL, _OPEN, ~plain)).any():
             yield found("missing")
         elif not nearby.norm(_OPEN).any():
             yield found("no_domain_gradient")
@@ -427,19 +402,15 @@ def _findings(
     elif through.any() and not trains:
         yield found("untrained")
     # The logits tell a part that goes round the layer from a penalty in the loss.
-    if (both := through & plain).any() and not loss.sum_only:
-        if (both := both & loss.anywhere(_LOGITS, _SHUT, ~both)).any():
-            yield found("bypassed", both)
+    both = through & plain & (not loss.sum_only)
+    if both.any() and (both := both & loss.anywhere(_LOGITS, _SHUT, ~both)).any():
+        yield found("bypassed", both)
 
-    if domain.domain < 0:
+    if domain.losses[1] < 0:
         yield found("negative_loss")
-    if loss.sum_only or not domain.logits.size:
-        return
-    if not domain.varies():
-        yield found("constant_output")
     # Logits grow with the parameters; probabilities stay where they are.
-    elif all(
-        ((logits >= 0) & (logits <= 1)).all()
-        for logits in (loss.run(_DOMAIN, nudge=nudge).logits for nudge in (0.0, 1000.0))
-    ):
+    at = (loss.run(_DOMAIN, nudge=nudge).logits for nudge in (0.0, 1000.0))
+    if domain.logits.size and not domain.varies():
+        yield found("constant_output")
+    elif domain.logits.size and all(np.array_equal(z, z.clip(0, 1)) for z in at):
         yield found("probabilities")

@@ -31,6 +31,8 @@ def dann_schedule(
 
     Pass the value to the reversal layer only. If it weights the domain loss too, the
     features see its square, and the discriminator learns nothing while it is small.
+    Raises TypeError or ValueError if an argument is no number, or breaks its rule.
+    Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:
       transition_steps: Steps from start to end, usually the whole training; 1 or more.
@@ -43,17 +45,11 @@ def dann_schedule(
       An ``optax.Schedule``. It maps integers of any shape, traced or not, to scales of
       the same shape, float32 or wider.
 
-    Raises:
-      TypeError, ValueError: If an argument is no number, or breaks its rule.
-
     Example:
       >>> import jaxgrl
       >>> schedule = jaxgrl.dann_schedule(1000)
       >>> print(*(f"{schedule(step):.5f}" for step in (0, 100, 500, 1000)))
       0.00000 0.46212 0.98661 0.99991
-
-    References:
-      Ganin and Lempitsky, ICML 2015, https://proceedings.mlr.press/v37/ganin15.html
     """
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
     init = _value("init_value", init_value)
@@ -80,26 +76,19 @@ def dann_learning_rate(
 
     ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
 
+    The source, the type and the errors are those of ``dann_schedule``.
+
     Args:
       init_value: Rate at the start, as in ``dann_schedule``; 0.01 in the paper.
       transition_steps: As in ``dann_schedule``.
       alpha: How far it decays, 0 or more; 10 in the paper.
       beta: Exponent of the decay, 0 or more; 0.75 in the paper.
 
-    Returns:
-      An ``optax.Schedule``, as ``dann_schedule`` does.
-
-    Raises:
-      TypeError, ValueError: As in ``dann_schedule``.
-
     Example:
       >>> import jaxgrl
       >>> schedule = jaxgrl.dann_learning_rate(0.01, transition_steps=1000)
       >>> print(*(f"{schedule(step):.5f}" for step in (0, 500, 1000)))
       0.01000 0.00261 0.00166
-
-    References:
-      As in ``dann_schedule``.
     """
     init = _value("init_value", init_value)
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
@@ -121,9 +110,7 @@ def _progress(step: ArrayLike, begin: float, steps: float) -> jax.Array:
     return jnp.clip((step - begin) / steps, 0.0, 1.0)
 
 
-def _number(
-    name: str, value: object, rule: str, holds: Callable[[float], bool]
-) -> float:
+def _number(name: str, value: Any, rule: str, holds: Callable[..., bool]) -> float:
     """Returns ``value`` as a float, checked."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")

@@ -1,7 +1,7 @@
 """Gradient reversal, and the network around it, as Flax NNX modules."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -14,9 +14,7 @@ except ImportError as error:
 
 from ._dann import DANNOutput as DANNOutput
 from ._dann import apply_dann
-from ._gradient_reversal import ScaleLike, gradient_reversal
-
-T = TypeVar("T")
+from ._gradient_reversal import ScaleLike, T, gradient_reversal
 
 
 class GradientReversal(nnx.Module):
@@ -24,17 +22,15 @@ class GradientReversal(nnx.Module):
 
     There are three ways to give it the scale:
 
-    - ``layer(x, scale)``, at call time, for a schedule. It may be traced, and wins over
-      the constructor's.
-    - ``GradientReversal(0.5)``, a Python number, for a constant. It is static: each new
-      value traces ``nnx.jit`` anew.
+    - ``layer(x, scale)``, for a schedule. It may be traced, and wins over the others.
+    - ``GradientReversal(0.5)``, for a constant. A new number traces ``nnx.jit`` anew.
     - ``GradientReversal(nnx.Variable(jnp.array(0.5)))``, for a value that changes and
       belongs to the model. Setting it does not retrace, and a checkpoint holds it.
 
     Args:
-      scale: The strength of the reversal, as in ``jaxgrl.gradient_reversal``: 1, full
-        strength from step 0 on, by default. Pass a pytree of several at call time.
-      forward_mode: Whether to define ``jvp``, ``jacfwd`` and ``linearize``, as there.
+      scale: As in ``jaxgrl.gradient_reversal``. The default, 1, is full strength from
+        step 0 on. Pass a pytree of several at call time.
+      forward_mode: As in ``jaxgrl.gradient_reversal``.
 
     Example:
       >>> import jax, jaxgrl.nnx, jax.numpy as jnp
@@ -48,10 +44,7 @@ class GradientReversal(nnx.Module):
         self.forward_mode = forward_mode
 
     def __call__(self, x: T, scale: ScaleLike | None = None) -> T:
-        """Returns ``x``, an array or any pytree; see ``jaxgrl.gradient_reversal``.
-
-        Without ``scale`` that of the constructor holds.
-        """
+        """Returns ``x``, any pytree; ``scale`` defaults to the constructor's."""
         scale = self.scale if scale is None else scale
         return gradient_reversal(x, scale, forward_mode=self.forward_mode)
 
@@ -70,7 +63,9 @@ class DANN(nnx.Module):
     do not use costs nothing.
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
-    trains at full strength from step 0 on, and the features can vanish.
+    trains at full strength from step 0 on, and the features can vanish. Replace
+    ``model.gradient_reversal`` for another default scale or for ``forward_mode=True``.
+    Source: Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
 
     Args:
       feature_extractor: Maps inputs to features.
@@ -84,10 +79,6 @@ class DANN(nnx.Module):
         labels and for a binary head ``[batch, ..., 1]``, which becomes two classes; or
         another callable, such as ``lambda y: y`` for a regression.
 
-    Attributes:
-      gradient_reversal: The layer, ``GradientReversal()``. Replace it for another
-        default scale or for ``forward_mode=True``.
-
     Example:
       >>> import jaxgrl.nnx, jax.numpy as jnp
       >>> from flax import nnx
@@ -95,13 +86,8 @@ class DANN(nnx.Module):
       >>> features = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu)
       >>> heads = nnx.Linear(32, 3, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)
       >>> model = jaxgrl.nnx.DANN(features, *heads)
-      >>> label_logits, domain_logits = model(jnp.ones((4, 8)), 0.5)
-      >>> print(label_logits.shape, domain_logits.shape)
-      (4, 3) (4, 1)
-
-    References:
-      Ganin et al., JMLR 17, 2016, https://jmlr.org/papers/v17/15-239.html
-      Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
+      >>> print(model(jnp.ones((4, 8)), 0.5).domain_logits.shape)
+      (4, 1)
     """
 
     def __init__(
@@ -127,8 +113,7 @@ class DANN(nnx.Module):
 
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
-          scale: The strength of the reversal; it may be traced. None takes that of the
-            layer, 1. No module receives it.
+          scale: The strength of the reversal, as in ``GradientReversal``.
           **kwargs: Each goes to every module whose call names it, such as ``mask=mask``
             for attention. A module's first argument and its ``**kwargs`` name nothing.
 

@@ -24,7 +24,6 @@ ROWS = np.array([[1.0, -2.0, 0.5], [0.3, 0.1, -1.0], [0.2, 2.0, 1.0], [3.0, 1.0,
 ROWS = ROWS.astype(np.float32)
 DOMAINS = np.array([0, 1, 1, 0])
 MASK = np.array([True, True, True, False])
-MATRICES = tuple(np.ones((n, 5), np.float32) for n in (3, 3))
 PARAMS = {"w": jnp.ones(3), "v": jnp.ones(())}
 
 
@@ -84,10 +83,6 @@ FUNCTIONS = {
     "multilinear_map": (
         jaxgrl.multilinear_map,
         {"features": ROWS, "probabilities": ROWS},
-    ),
-    "randomized_multilinear_map": (
-        jaxgrl.randomized_multilinear_map,
-        {"features": ROWS, "probabilities": ROWS, "matrices": MATRICES},
     ),
     "information_maximization": (
         jaxgrl.information_maximization,
@@ -229,4 +224,4 @@ def test_several_such_arguments_are_refused_by_name(data):
 
 
 def test_the_number_of_cases():
-    assert len(CASES) > 2400
+    assert len(CASES) > 2300

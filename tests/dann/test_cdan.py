@@ -1,4 +1,4 @@
-"""CDAN's maps and weights, beside values worked out by hand and beside each other."""
+"""CDAN's map and weights, beside values worked out by hand and beside each other."""
 
 import functools
 
@@ -7,20 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgrl import (
-    domain_loss,
-    entropy_weights,
-    multilinear_map,
-    randomized_multilinear_map,
-)
+from jaxgrl import domain_loss, entropy_weights, multilinear_map
 
 FEATURES = jnp.array([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]])
 PROBABILITIES = jnp.array([[0.25, 0.75], [1.0, 0.0]])
-
-
-def make_matrices(key, size):
-    normal = functools.partial(jax.random.normal, dtype=jnp.float32)
-    return tuple(map(normal, jax.random.split(key), ((3, size), (2, size))))
 
 
 def test_the_map_is_the_outer_product_worked_out_by_hand():
@@ -34,44 +24,11 @@ def test_a_certain_prediction_puts_the_features_in_the_place_of_its_class():
     assert joint[1].tolist() == [*FEATURES[1].tolist(), 0, 0, 0]
 
 
-def test_the_randomized_map_by_hand():
-    matrices = (jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), jnp.eye(2))
-    out = randomized_multilinear_map(FEATURES[:1], PROBABILITIES[:1], matrices)
-    expected = np.array([[4 * 0.25, 5 * 0.75]]) / np.sqrt(2)
-    np.testing.assert_allclose(out, expected, rtol=1e-6)
-
-
-def test_inner_products_agree_in_expectation():
-    def products(key):
-        matrices = make_matrices(key, 64)
-        out = randomized_multilinear_map(FEATURES, PROBABILITIES, matrices)
-        return out @ out.T
-
-    exact = multilinear_map(FEATURES, PROBABILITIES)
-    samples = jax.vmap(products)(jax.random.split(jax.random.key(0), 2000))
-    error = jnp.std(samples, axis=0) / len(samples) ** 0.5
-    difference = jnp.mean(samples, axis=0) - exact @ exact.T
-    assert jnp.all(jnp.abs(difference) < 4 * error)
-    assert jnp.all(error < 0.1 * jnp.abs(exact @ exact.T))  # the test can see
-
-
-def test_matrices_receive_no_gradient_and_features_do():
-    matrices = make_matrices(jax.random.key(0), 5)
-
-    def loss(features, matrices):
-        return randomized_multilinear_map(features, PROBABILITIES, matrices).sum()
-
-    grads = jax.grad(loss, (0, 1))(FEATURES, matrices)
-    assert (grads[0] != 0).all() and all((g == 0).all() for g in grads[1])
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_maps_keep_the_dtype_of_the_features(dtype):
-    matrices = make_matrices(jax.random.key(0), 5)
+def test_the_map_keeps_the_dtype_of_the_features(dtype):
     features = FEATURES.astype(dtype)
     joint = multilinear_map(features, PROBABILITIES)
-    projected = randomized_multilinear_map(features, PROBABILITIES, matrices)
-    assert joint.dtype == projected.dtype == dtype
+    assert joint.dtype == dtype
     exact = multilinear_map(features.astype(jnp.float32), PROBABILITIES)
     np.testing.assert_array_equal(joint, exact.astype(dtype))  # rounded once
 
@@ -239,20 +196,6 @@ def test_a_masked_weight_may_be_anything():
             lambda: multilinear_map(jnp.ones((2, 3), int), jnp.ones((2, 2))),
             TypeError,
             "`features` must be floating, got int",
-        ),
-        (
-            lambda: randomized_multilinear_map(
-                FEATURES, PROBABILITIES, (jnp.ones((3, 5)), jnp.ones((2, 4)))
-            ),
-            ValueError,
-            r"`matrices` must have shapes \[F, D\] and \[C, D\] with F = 3 and C = 2",
-        ),
-        (
-            lambda: randomized_multilinear_map(
-                jnp.ones((2, 4, 3)), jnp.ones((2, 4, 5)), (jnp.ones((3, 5)),) * 2
-            ),
-            ValueError,
-            r"`matrices` must have shapes \[F, D\] and \[C, D\] with F = 3 and C = 5",
         ),
         (
             lambda: entropy_weights(jnp.ones(3)),
