@@ -76,7 +76,8 @@ def entropy_weights(
 
     Returns:
       One weight for each row, float32 or wider. No gradient passes. The mean over a
-      domain's counted rows is 1. A masked row has 0, a traced domain out of range nan.
+      domain's counted rows is 1. A masked row has 0, so all are 0 if no row counts. A
+      traced domain out of range has nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

@@ -32,8 +32,8 @@ def domain_weights(
     and ``where`` broadcasts against it. The weights of all devices sum to 1.
 
     Returns:
-      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0. A traced
-      domain out of range has nan.
+      The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0, so all
+      are 0 if no row counts. A traced domain out of range has nan.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -81,7 +81,8 @@ def domain_loss(
       where: Which rows count, bool, with the axes of ``domains``; all of them if None.
         Masked rows may hold anything, nan and out-of-range domains included.
       weights: Factor of each row's cross entropy, floating, with the axes of
-        ``domains``. Domains stay balanced if its mean is 1 (see ``entropy_weights``).
+        ``domains``; 1 if None. Domains stay balanced if its mean over each domain is 1
+        (see ``entropy_weights``).
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
         splits the batch. None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
         inside what you differentiate, and of the gradient, to get those of the batch.

@@ -23,7 +23,8 @@ class GradientReversal(nn.Module):
 
     Pass a schedule's scale, or an array, at call time. The attribute is for a constant
     number: Linen hashes it. A new value traces anew, and an array fails in ``nn.jit``.
-    There are no variables: ``GradientReversal().apply({}, x, scale)``.
+    The default, 1, is full strength from step 0 on. There are no variables:
+    ``GradientReversal().apply({}, x, scale)``.
     """
 
     scale: ScaleLike = 1.0
@@ -38,6 +39,9 @@ class GradientReversal(nn.Module):
 
 class DANN(nn.Module):
     """``jaxgrl.nnx.DANN`` in Linen, with the same arguments as attributes.
+
+    Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
+    trains at full strength from step 0 on, and the features can vanish.
 
     Example:
       >>> import jax, jaxgrl.linen, jax.numpy as jnp
