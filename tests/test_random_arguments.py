@@ -213,6 +213,7 @@ def test_what_cannot_be_is_refused_by_name(function):
             )
 
 
+@pytest.mark.slow
 @cases(300)
 @given(st.data())
 def test_several_such_arguments_are_refused_by_name(data):
