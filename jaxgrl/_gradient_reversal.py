@@ -178,8 +178,8 @@ def _check_aligned(scale: Any, x: Any) -> None:
     if any(s is not None and s != n for s, n in zip(spec, x_spec, strict=False)):
         raise ValueError(
             "`scale` must be sharded like the leading axes of `x` or replicated, got "
-            f"PartitionSpec{spec} for `x` with PartitionSpec{x_spec}. Mend it with "
-            "jax.sharding.reshard."
+            f"PartitionSpec{spec} for `x` with PartitionSpec{x_spec}. Use "
+            "`jax.sharding.reshard` to shard it like `x`."
         )
 
 
