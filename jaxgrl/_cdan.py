@@ -20,7 +20,6 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     With it CDAN's discriminator can tell domains apart within each class. Pass it as
     ``condition=`` to a ``DANN``. By hand, stop the gradient of the probabilities.
-    Raises TypeError or ValueError if a dtype or a shape does not fit.
     Source: Long et al., NeurIPS 2018, https://arxiv.org/abs/1705.10667
 
     Args:
@@ -30,6 +29,9 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     Returns:
       ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.
+
+    Raises:
+      TypeError, ValueError: If a dtype, or a shape, does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -62,7 +64,6 @@ def entropy_weights(
 
     ``1 + exp(-H)``, with H the entropy of each row's prediction in nats, divided by its
     mean over the domain, so the domains stay balanced. Pass it to ``domain_loss``.
-    Raises TypeError or ValueError as that does, or if ``activation`` is another.
     Source: Long et al., NeurIPS 2018, section 3.3, https://arxiv.org/abs/1705.10667
 
     Args:
@@ -78,6 +79,9 @@ def entropy_weights(
       One weight for each row, float32 or wider. No gradient passes. The mean over a
       domain's counted rows is 1. A masked row has 0, so all are 0 if no row counts. A
       traced domain out of range has nan.
+
+    Raises:
+      TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

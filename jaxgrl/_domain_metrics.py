@@ -28,12 +28,19 @@ def domain_weights(
     as the hinge ``jnp.sum(weights * jnp.maximum(0, 1 - signs * scores))``. With the
     weights of the whole batch, micro-batches add up to its loss and its gradient.
 
-    Arguments and errors are those of ``domain_loss``. ``domains`` may have any shape,
-    and ``where`` broadcasts against it. The weights of all devices sum to 1.
+    Args:
+      domains: The domain of each row, as in ``domain_loss``, of any shape.
+      num_domains: K, 2 or more.
+      where: Which rows count, bool, with as many axes as ``domains``, against which it
+        broadcasts; all of them if None.
+      axis_name: As in ``domain_loss``. The weights of all devices sum to 1.
 
     Returns:
       The weights, float32 (float64 in JAX's 64-bit mode). A masked row has 0, so all
       are 0 if no row counts. A traced domain out of range has nan.
+
+    Raises:
+      TypeError, ValueError: As in ``domain_loss``.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp
@@ -126,12 +133,21 @@ def domain_accuracy(
 
     The mean, over the domains that have rows, of the share of rows that are assigned to
     their domain. It is 1 if all are, and ``1 / K`` if the discriminator cannot tell the
-    K domains apart, whatever their sizes. Arguments and errors are those of
-    ``domain_loss``. With ``axis_name``, ``jax.lax.pmean`` of it is that of the batch.
+    K domains apart, whatever their sizes.
+
+    Args:
+      logits: As in ``domain_loss``.
+      domains: As in ``domain_loss``.
+      num_domains: K, 2 or more.
+      where: As in ``domain_loss``.
+      axis_name: As in ``domain_loss``. ``jax.lax.pmean`` of it is that of the batch.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts (an empty or a fully masked
       batch), a counted logit is nan, or a traced domain is out of range.
+
+    Raises:
+      TypeError, ValueError: As in ``domain_loss``.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

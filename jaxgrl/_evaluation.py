@@ -121,7 +121,6 @@ def information_maximization(
     predicted. To choose the scale of a DANN without a target label, train with each
     scale and a few seeds. Of the scales that are not clearly worse than the best, take
     the one nearest to 1. Classes must be about as frequent in the target as predicted.
-    Raises TypeError or ValueError if a dtype, a shape or ``activation`` does not fit.
     Source: Bridle et al., NIPS 1991; Shi and Sha, 2012, https://arxiv.org/abs/1206.6438
 
     Args:
@@ -133,6 +132,9 @@ def information_maximization(
     Returns:
       A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not
       finite. Compare with ``jnp.nanargmax``: no diverged run is then chosen.
+
+    Raises:
+      TypeError, ValueError: If a dtype, a shape or ``activation`` does not fit.
 
     Example:
       >>> import jaxgrl, jax.numpy as jnp

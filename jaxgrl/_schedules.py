@@ -31,7 +31,6 @@ def dann_schedule(
 
     Pass the value to the reversal layer only. If it weights the domain loss too, the
     features see its square, and the discriminator learns nothing while it is small.
-    Raises TypeError or ValueError if an argument is no number, or breaks its rule.
     Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:
@@ -44,6 +43,9 @@ def dann_schedule(
     Returns:
       An ``optax.Schedule``. It maps integers of any shape, traced or not, to scales of
       the same shape, float32 or wider.
+
+    Raises:
+      TypeError, ValueError: If an argument is no number, or breaks its rule.
 
     Example:
       >>> import jaxgrl
@@ -76,13 +78,19 @@ def dann_learning_rate(
 
     ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
 
-    The source, the type and the errors are those of ``dann_schedule``.
+    Source: as for ``dann_schedule``.
 
     Args:
       init_value: Rate at the start, as in ``dann_schedule``; 0.01 in the paper.
       transition_steps: As in ``dann_schedule``.
       alpha: How far it decays, 0 or more; 10 in the paper.
       beta: Exponent of the decay, 0 or more; 0.75 in the paper.
+
+    Returns:
+      An ``optax.Schedule``, as ``dann_schedule`` does.
+
+    Raises:
+      TypeError, ValueError: As in ``dann_schedule``.
 
     Example:
       >>> import jaxgrl

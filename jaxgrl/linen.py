@@ -25,6 +25,11 @@ class GradientReversal(nn.Module):
     number: Linen hashes it. A new value traces anew, and an array fails in ``nn.jit``.
     The default, 1, is full strength from step 0 on. There are no variables:
     ``GradientReversal().apply({}, x, scale)``.
+
+    Example:
+      >>> import jaxgrl.linen, jax.numpy as jnp
+      >>> print(jaxgrl.linen.GradientReversal().apply({}, jnp.ones(2), 0.5))
+      [1. 1.]
     """
 
     scale: ScaleLike = 1.0
