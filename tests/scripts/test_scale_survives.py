@@ -20,8 +20,8 @@ pytestmark = pytest.mark.slow
 SCRIPT = "examples/dann_at_scale.py"
 APART = "tests/scripts/domains_apart.py"
 OPTIONS = ("--batch-size", "16", "--checkpoint-every", "2")
-STEPS = 30
 KILLS = int(os.environ.get("JAXGRL_KILLS", "0"))
+STEPS = 60 if KILLS else 30
 long = pytest.mark.skipif(not KILLS, reason="minutes long: JAXGRL_KILLS is not set")
 started = []
 
@@ -71,6 +71,7 @@ def wait_for(run, step, *processes):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The digest and the metrics of a run that nothing disturbed, and its seconds."""
+    start("--help").end()  # the first process waits for the imports
     run, began = tmp_path_factory.mktemp("undisturbed") / "run", time.monotonic()
     found = digest(start("--output", run, "--steps", STEPS, *OPTIONS))
     text = (run / "metrics.jsonl").read_bytes()
