@@ -303,7 +303,9 @@ def test_a_scale_from_a_closure_leaks_nothing():
         return jnp.sum(lax.scan(body, x, None, length=2)[1])
 
     gc.freeze()  # the check collects garbage, and what is older is none
-    with jax.checking_leaks():
-        grad = jax.jit(jax.grad(step))(jnp.ones(3, jnp.float32), jnp.float32(1.0))
-    gc.unfreeze()
+    try:
+        with jax.checking_leaks():
+            grad = jax.jit(jax.grad(step))(jnp.ones(3, jnp.float32), jnp.float32(1.0))
+    finally:
+        gc.unfreeze()
     np.testing.assert_allclose(grad, -4 * np.tanh(1.0) * np.ones(3), rtol=1e-6)
