@@ -5,11 +5,13 @@ differentiates for all three settings at once, also inside a scan or a jit.
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Var
+
+if TYPE_CHECKING:  # It takes 30 ms to import.
+    from jax.extend.core import JaxprEqn
 
 AXIS = "jaxgrl_switch"
 # The layers as they are, as plain copies, and as stop_gradients.
@@ -36,13 +38,13 @@ _join.defvjp(lambda ruled, plain: (ruled, None), lambda _, ct: (ct, ct))
 def with_switches(part: Any) -> Any:
     """Returns a program, or a parameter of an equation, with a switch on each layer."""
     # A part without a layer stays the same object: JAX's caches go by that.
-    if isinstance(part, Jaxpr):
+    if hasattr(part, "eqns"):
+        # An older JAX has a ClosedJaxpr around the Jaxpr.
+        if (closed := getattr(part, "jaxpr", part)) is not part:
+            inner = with_switches(closed)
+            return part if inner is closed else part.replace(jaxpr=inner)
         eqns = [new for eqn in part.eqns for new in _switched(eqn)]
         return part if eqns == part.eqns else part.replace(eqns=eqns)
-    # A ClosedJaxpr, which newer JAX does not tell from a Jaxpr.
-    if hasattr(part, "eqns"):
-        inner = with_switches(part.jaxpr)
-        return part if inner is part.jaxpr else part.replace(jaxpr=inner)
     # Under JAX_REMAT3, an object holds the parameters.
     if isinstance(getattr(part, "params", None), dict):
         inner = _in_params(part.params)
@@ -59,7 +61,7 @@ def _in_params(params: dict[str, Any]) -> dict[str, Any]:
     return params if same else jax.tree.unflatten(structure, new)
 
 
-def _switched(eqn: JaxprEqn) -> list[JaxprEqn]:
+def _switched(eqn: "JaxprEqn") -> "list[JaxprEqn]":
     """Returns the equations that take the place of one."""
     dtypes = (getattr(out.aval, "dtype", bool) for out in eqn.outvars)
     inexact = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.inexact)]
@@ -69,22 +71,23 @@ def _switched(eqn: JaxprEqn) -> list[JaxprEqn]:
         params = _in_params(eqn.params) if _rule_body(eqn) is None else eqn.params
         return [eqn if params is eqn.params else eqn.replace(params=params)]
 
-    def traced(function: Any, invars: list[Any], outvars: list[Any]) -> JaxprEqn:
-        (new,) = jax.make_jaxpr(function)(*(var.aval for var in invars)).jaxpr.eqns
+    def traced(function: Any, *avals: Any) -> Any:
+        (new,) = jax.make_jaxpr(function)(*avals).jaxpr.eqns
         # The context holds the mesh if the layer is inside a shard_map.
-        return new.replace(invars=invars, outvars=outvars, ctx=eqn.ctx)
+        return new.replace(ctx=eqn.ctx)
 
     forks, joins, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
     for output, (wire, _) in zip(inexact, sources, strict=True):
         out: Any = eqn.outvars[output]
-        into, around, outvars[output] = (Var(out.aval) for _ in range(3))
-        forks.append(traced(_fork, [invars[wire]], [into, around]))
-        joins.append(traced(_join, [outvars[output], around], [out]))
-        invars[wire] = into
+        fork, join = traced(_fork, out.aval), traced(_join, out.aval, out.aval)
+        (into, around), (ruled, _) = fork.outvars, join.invars
+        forks.append(fork.replace(invars=[invars[wire]]))
+        joins.append(join.replace(invars=[ruled, around], outvars=[out]))
+        invars[wire], outvars[output] = into, ruled
     return [*forks, eqn.replace(invars=invars, outvars=outvars), *joins]
 
 
-def _rule_body(eqn: JaxprEqn) -> Any:
+def _rule_body(eqn: "JaxprEqn") -> Any:
     """Returns what an equation with its own derivative rule computes; else None."""
     # Under JAX_CUSTOM_VJP3 and JAX_CUSTOM_JVP3, an object holds the parameters.
     params = getattr(eqn.params.get("_prim"), "params", eqn.params)
@@ -93,10 +96,11 @@ def _rule_body(eqn: JaxprEqn) -> Any:
 
 
 def _opened(value: Any) -> Any:
-    return value if isinstance(value, Jaxpr) else _opened(value.jaxpr)
+    inner = getattr(value, "jaxpr", value)
+    return value if inner is value else _opened(inner)
 
 
-def _source(eqn: JaxprEqn, output: int) -> Any:
+def _source(eqn: "JaxprEqn", output: int) -> Any:
     """Returns which input the output copies and by how many rules, or None."""
     # One case to select from is a copy (see the layer's _tie).
     if str(eqn.primitive) == "select_n" and len(eqn.invars) == 2:

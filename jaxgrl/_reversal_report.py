@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.extend.core import jaxpr_as_fun
 
 from ._checks import as_floating
 from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
@@ -260,6 +258,8 @@ class _Loss:
 
     def _program(self, terms: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function that differentiates a weighted sum of the terms."""
+        from jax.extend.core import jaxpr_as_fun  # It takes 30 ms to import.
+
         read = jax.make_jaxpr(terms)(self.arrays, 1.0)
         switched = with_switches(read)
         self.layers = switched is not read
@@ -314,6 +314,8 @@ def _nudged(value: Any, nudge: Any) -> Any:
 
 def _on_host(array: Any) -> np.ndarray:
     if not (array.is_fully_addressable or array.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array, np.result_type(array.dtype, np.float32))
 

@@ -271,6 +271,20 @@ def test_higher_order_through_scan(order, forward_mode, jit):
     assert_close(second(x, v), SECOND_ORDER[order](_unrolled)(x, v))
 
 
+def test_third_order_in_both_modes_through_scan():
+    def third(f):
+        along = lambda x: jax.jvp(jax.grad(f), (x,), (v,))[1]  # noqa: E731
+        return jax.grad(lambda x: jnp.sum(along(x) * v))(x)
+
+    x, v = X[0, :3], X[1, :3] + 1
+    f = _through_scan(gradient_reversal)
+    if jax.__version_info__ < (0, 12):
+        with pytest.raises(NotImplementedError, match="custom_lin"):
+            third(f)
+        return
+    assert_close(third(f), third(_unrolled))
+
+
 def test_third_derivative_is_minus_scale_cubed():
     def f(x):
         return jnp.sin(gradient_reversal(x, 0.5))

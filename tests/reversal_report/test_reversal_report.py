@@ -121,7 +121,8 @@ def test_a_chance_zero_is_not_taken_for_an_absent_gradient():
         for name in ("bias", "kernel")
     }
     gradient = jax.grad(lambda p: dann()(p, 1.0)[1])(params)
-    assert not gradient["out"]["bias"].any()  # Zero here, and trained all the same.
+    # Zero here but for rounding, and trained all the same.
+    np.testing.assert_allclose(gradient["out"]["bias"], 0, atol=1e-7)
 
 
 def test_gradients_whose_squares_vanish():
