@@ -32,11 +32,6 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     Raises:
       TypeError, ValueError: If a dtype, or a shape, does not fit.
-
-    Example:
-      >>> import jaxgrl, jax.numpy as jnp
-      >>> print(jaxgrl.multilinear_map(jnp.array([1.0, 2.0]), jnp.array([0.5, 0.5])))
-      [0.5 1.  0.5 1. ]
     """
     f = as_floating("features", features)
     p = as_floating("probabilities", probabilities)
@@ -82,12 +77,6 @@ def entropy_weights(
 
     Raises:
       TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
-
-    Example:
-      >>> import jaxgrl, jax.numpy as jnp
-      >>> weights = jaxgrl.entropy_weights(jnp.array([[9.0, -9.0], [0.0, 0.0]]))
-      >>> print(*(f"{weight:.3f}" for weight in weights))  # 2 and 1.5, over their mean
-      1.143 0.857
     """
     logits = as_floating("label_logits", label_logits)
     otherwise = (

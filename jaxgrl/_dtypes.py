@@ -17,9 +17,8 @@ def at_least_float32(*dtypes: Any) -> Any:
 @functools.cache
 def is_real(dtype: Any) -> bool:
     """Returns whether a dtype is floating, integer or bool."""
-    return any(
-        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
-    )
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def as_float(name: str, number: Any) -> float:
@@ -30,7 +29,5 @@ def as_float(name: str, number: Any) -> float:
         value = math.inf
     # NumPy's longdouble becomes inf without an OverflowError.
     if math.isinf(value) and value != number:
-        raise ValueError(
-            f"`{name}` must fit into a float (1.8e308 at most), got a larger number."
-        )
+        raise ValueError(f"`{name}` must fit into a float (1.8e308 at most), got more.")
     return value

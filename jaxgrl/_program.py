@@ -5,13 +5,10 @@ differentiates for all three settings at once, also inside a scan or a jit.
 """
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-if TYPE_CHECKING:  # It takes 30 ms to import.
-    from jax.extend.core import JaxprEqn
 
 AXIS = "jaxgrl_switch"
 # The layers as they are, as plain copies, and as stop_gradients.
@@ -61,7 +58,7 @@ def _in_params(params: dict[str, Any]) -> dict[str, Any]:
     return params if same else jax.tree.unflatten(structure, new)
 
 
-def _switched(eqn: "JaxprEqn") -> "list[JaxprEqn]":
+def _switched(eqn: Any) -> list[Any]:
     """Returns the equations that take the place of one."""
     dtypes = (getattr(out.aval, "dtype", bool) for out in eqn.outvars)
     inexact = [i for i, d in enumerate(dtypes) if jnp.issubdtype(d, jnp.inexact)]
@@ -78,7 +75,7 @@ def _switched(eqn: "JaxprEqn") -> "list[JaxprEqn]":
 
     forks, joins, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
     for output, (wire, _) in zip(inexact, sources, strict=True):
-        out: Any = eqn.outvars[output]
+        out = eqn.outvars[output]
         fork, join = traced(_fork, out.aval), traced(_join, out.aval, out.aval)
         (into, around), (ruled, _) = fork.outvars, join.invars
         forks.append(fork.replace(invars=[invars[wire]]))
@@ -87,7 +84,7 @@ def _switched(eqn: "JaxprEqn") -> "list[JaxprEqn]":
     return [*forks, eqn.replace(invars=invars, outvars=outvars), *joins]
 
 
-def _rule_body(eqn: "JaxprEqn") -> Any:
+def _rule_body(eqn: Any) -> Any:
     """Returns what an equation with its own derivative rule computes; else None."""
     # Under JAX_CUSTOM_VJP3 and JAX_CUSTOM_JVP3, an object holds the parameters.
     params = getattr(eqn.params.get("_prim"), "params", eqn.params)
@@ -100,7 +97,7 @@ def _opened(value: Any) -> Any:
     return value if inner is value else _opened(inner)
 
 
-def _source(eqn: "JaxprEqn", output: int) -> Any:
+def _source(eqn: Any, output: int) -> Any:
     """Returns which input the output copies and by how many rules, or None."""
     # One case to select from is a copy (see the layer's _tie).
     if str(eqn.primitive) == "select_n" and len(eqn.invars) == 2:

@@ -162,19 +162,6 @@ def reversal_report(
     Raises:
       TypeError: If ``loss`` returns something else, or not floating.
       ValueError: If a loss is no scalar, or ``params`` has no floating array.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from jaxgrl import domain_loss, gradient_reversal, reversal_report
-      >>> def loss(params, scale, x):
-      ...     features = params["features"] * x
-      ...     logits = params["head"] * gradient_reversal(features, scale)
-      ...     label_loss = jnp.mean(features[:2] ** 2)
-      ...     return label_loss, domain_loss(logits, jnp.array([0, 0, 1, 1])), logits
-      >>> params = {"features": jnp.array(1.0), "head": jnp.array(1.0)}
-      >>> report = reversal_report(loss, params, jnp.array([1.0, 2.0, 3.0, 5.0]))
-      >>> print([leaf.domain for leaf in report.leaves], report.problems)
-      ['reversed', 'plain'] ()
     """
     if not callable(loss):
         raise TypeError(f"`loss` must be a function, got {loss!r}.")
@@ -220,8 +207,7 @@ class _Loss:
         self.moving = {i: arrays[i] for i in inexact if i < count}
         if not self.moving:
             raise ValueError(
-                "`params` must have a floating array to differentiate, got "
-                f"{count} leaves of other kinds."
+                f"`params` must hold a floating array, got {count} others."
             )
         name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
         # Of an nnx.Variable, the path ends in the value that it holds.
@@ -392,7 +378,6 @@ def _findings(loss: _Loss, domain: Any, label: Any, through: Any, plain: Any) ->
         yield found("scale_unused")
     elif abs(strength - 1) > 0.01:
         yield found("strength")
-
     turned = label.arrived() < 0
     if turned.any() and not loss.sum_only:
         yield found("label_reversed", turned)
@@ -407,7 +392,6 @@ def _findings(loss: _Loss, domain: Any, label: Any, through: Any, plain: Any) ->
     both = through & plain & (not loss.sum_only)
     if both.any() and (both := both & loss.anywhere(_LOGITS, _SHUT, ~both)).any():
         yield found("bypassed", both)
-
     if domain.losses[1] < 0:
         yield found("negative_loss")
     # Logits grow with the parameters; probabilities stay where they are.

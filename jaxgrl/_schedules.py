@@ -25,9 +25,8 @@ def dann_schedule(
 ) -> optax.Schedule:
     """Returns the schedule of the reversal in DANN, which rises from 0 to 1.
 
-    With ``p = clip((step - transition_begin) / transition_steps, 0, 1)``::
-
-        scale = init_value + (end_value - init_value) * (2 / (1 + exp(-gamma * p)) - 1)
+    ``init_value + (end_value - init_value) * (2 / (1 + exp(-gamma * p)) - 1)``, with
+    ``p = clip((step - transition_begin) / transition_steps, 0, 1)``.
 
     Pass the value to the reversal layer only. If it weights the domain loss too, the
     features see its square, and the discriminator learns nothing while it is small.
@@ -46,12 +45,6 @@ def dann_schedule(
 
     Raises:
       TypeError, ValueError: If an argument is no number, or breaks its rule.
-
-    Example:
-      >>> import jaxgrl
-      >>> schedule = jaxgrl.dann_schedule(1000)
-      >>> print(*(f"{schedule(step):.5f}" for step in (0, 100, 500, 1000)))
-      0.00000 0.46212 0.98661 0.99991
     """
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
     init = _value("init_value", init_value)
@@ -76,8 +69,7 @@ def dann_learning_rate(
 ) -> optax.Schedule:
     """Returns the learning rate schedule of DANN, which decays from ``init_value``.
 
-    ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``
-
+    ``init_value / (1 + alpha * clip(step / transition_steps, 0, 1)) ** beta``.
     Source: as for ``dann_schedule``.
 
     Args:
@@ -91,12 +83,6 @@ def dann_learning_rate(
 
     Raises:
       TypeError, ValueError: As in ``dann_schedule``.
-
-    Example:
-      >>> import jaxgrl
-      >>> schedule = jaxgrl.dann_learning_rate(0.01, transition_steps=1000)
-      >>> print(*(f"{schedule(step):.5f}" for step in (0, 500, 1000)))
-      0.01000 0.00261 0.00166
     """
     init = _value("init_value", init_value)
     steps = _number("transition_steps", transition_steps, "1 or more", lambda v: v >= 1)
@@ -136,8 +122,6 @@ def _value(name: str, value: Any) -> Any:
         return _number(name, value, "real", lambda v: True)
     # It may be traced: a sweep over the largest scale is one program.
     if value.ndim or not is_real(value.dtype):
-        raise TypeError(
-            f"`{name}` must be a real number or a scalar array, got "
-            f"{value.dtype}{list(value.shape)}."
-        )
+        got = f"{value.dtype}{list(value.shape)}"
+        raise TypeError(f"`{name}` must be a real number or a scalar array, got {got}.")
     return value.astype(at_least_float32(value.dtype))

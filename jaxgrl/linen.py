@@ -9,8 +9,9 @@ import jax
 try:
     from flax import linen as nn
 except ImportError as error:
+    command = "pip install 'flax>=0.12.0'"
     raise ImportError(
-        "`jaxgrl.linen` needs Flax. Install it with: pip install 'flax>=0.12.0'"
+        f"`jaxgrl.linen` needs Flax. Install it with: {command}"
     ) from error
 
 from ._dann import DANNOutput as DANNOutput
@@ -25,11 +26,6 @@ class GradientReversal(nn.Module):
     number: Linen hashes it. A new value traces anew, and an array fails in ``nn.jit``.
     The default, 1, is full strength from step 0 on. There are no variables:
     ``GradientReversal().apply({}, x, scale)``.
-
-    Example:
-      >>> import jaxgrl.linen, jax.numpy as jnp
-      >>> print(jaxgrl.linen.GradientReversal().apply({}, jnp.ones(2), 0.5))
-      [1. 1.]
     """
 
     scale: ScaleLike = 1.0
@@ -47,15 +43,6 @@ class DANN(nn.Module):
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish.
-
-    Example:
-      >>> import jax, jaxgrl.linen, jax.numpy as jnp
-      >>> from flax import linen as nn
-      >>> features = nn.Sequential([nn.Dense(32), nn.relu])
-      >>> model = jaxgrl.linen.DANN(features, nn.Dense(3), nn.Dense(1))
-      >>> params = model.init(jax.random.key(0), jnp.ones((4, 8)))
-      >>> print(model.apply(params, jnp.ones((4, 8)), 0.5).domain_logits.shape)
-      (4, 1)
     """
 
     feature_extractor: Callable[..., Any]

@@ -8,9 +8,8 @@ import jax
 try:
     from flax import nnx
 except ImportError as error:
-    raise ImportError(
-        "`jaxgrl.nnx` needs Flax. Install it with: pip install 'flax>=0.12.0'"
-    ) from error
+    command = "pip install 'flax>=0.12.0'"
+    raise ImportError(f"`jaxgrl.nnx` needs Flax. Install it with: {command}") from error
 
 from ._dann import DANNOutput as DANNOutput
 from ._dann import apply_dann
@@ -31,12 +30,6 @@ class GradientReversal(nnx.Module):
       scale: As in ``jaxgrl.gradient_reversal``. The default, 1, is full strength from
         step 0 on. Pass a pytree of several at call time.
       forward_mode: As in ``jaxgrl.gradient_reversal``.
-
-    Example:
-      >>> import jax, jaxgrl.nnx, jax.numpy as jnp
-      >>> layer, x = jaxgrl.nnx.GradientReversal(0.5), jnp.ones(2)
-      >>> print(layer(x), jax.grad(lambda x: layer(x).sum())(x))
-      [1. 1.] [-0.5 -0.5]
     """
 
     def __init__(self, scale: ScaleLike = 1.0, *, forward_mode: bool = False):
@@ -54,13 +47,11 @@ class DANN(nnx.Module):
 
     The gradient reversal layer is between them::
 
-        x -> feature_extractor -+-> label_classifier -> label_logits
+        x -> feature_extractor -+-> label_classifier
                                 +-> gradient_reversal -> domain_discriminator
-                                                            -> domain_logits
 
-    Features may be any pytree and outputs have any shape. Add ``jaxgrl.domain_loss`` of
-    the domain logits to the label loss. Under ``jit`` a discriminator whose logits you
-    do not use costs nothing.
+    Features may be any pytree. Add ``jaxgrl.domain_loss`` of the domain logits to the
+    label loss. Under ``jit`` domain logits that you do not use cost nothing.
 
     Pass ``schedule(step)`` as ``scale`` in every training step. Without it the network
     trains at full strength from step 0 on, and the features can vanish. Replace
@@ -78,16 +69,6 @@ class DANN(nnx.Module):
         ``jax.nn.softmax`` for ``[batch, ..., C]``; ``jax.nn.sigmoid`` for independent
         labels and for a binary head ``[batch, ..., 1]``, which becomes two classes; or
         another callable, such as ``lambda y: y`` for a regression.
-
-    Example:
-      >>> import jaxgrl.nnx, jax.numpy as jnp
-      >>> from flax import nnx
-      >>> rngs = nnx.Rngs(0)
-      >>> features = nnx.Sequential(nnx.Linear(8, 32, rngs=rngs), nnx.relu)
-      >>> heads = nnx.Linear(32, 3, rngs=rngs), nnx.Linear(32, 1, rngs=rngs)
-      >>> model = jaxgrl.nnx.DANN(features, *heads)
-      >>> print(model(jnp.ones((4, 8)), 0.5).domain_logits.shape)
-      (4, 1)
     """
 
     def __init__(

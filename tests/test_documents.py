@@ -19,16 +19,14 @@ import jaxgrl
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
-# docs/api.md is made of docstrings, whose examples run as doctests.
 WITHOUT_CODE = {
-    "docs/api.md",
     "docs/benchmarks.md",
     "docs/changelog.md",
     "docs/contributing.md",
     "docs/how-to/index.md",
     "docs/reliability.md",
 }
-QUICK = {"README.md", "docs/index.md", "docs/how-to/plain-jax.md"}
+QUICK = {"README.md", "docs/index.md", "docs/api.md", "docs/how-to/plain-jax.md"}
 LANGUAGES = {"python", "sh", "text"}
 FENCED = re.compile(r"^( *)```(?P<language>[^\n]*)\n(?P<code>.*?)^\1```$", re.S | re.M)
 PROMISE = re.compile(r"^ *print\(.*\)  # (.*)$")

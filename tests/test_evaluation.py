@@ -248,7 +248,7 @@ def test_features_may_have_any_real_dtype():
         ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.full((9, 2), np.nan)),
-            "`target_features` must be finite, .* got 18 values of 18",
+            "`target_features` must be finite, below 1e150, got nan",
         ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 3))),
@@ -268,7 +268,7 @@ def test_features_may_have_any_real_dtype():
         ),
         (
             lambda: proxy_a_distance(np.full((9, 2), 1e200), np.ones((9, 2))),
-            "`source_features` must be finite, and below 1e150, got 18 values",
+            "`source_features` must be finite, below 1e150, got ",
         ),
     ],
 )

@@ -373,7 +373,7 @@ ONE = jnp.float32(1)
             lambda p, s: p,
             {"n": 3, "x": 1.0},
             ValueError,
-            "`params` must have a floating array to differentiate, got 2 leaves",
+            "`params` must hold a floating array, got 2 others",
         ),
     ],
 )
