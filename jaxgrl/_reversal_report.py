@@ -191,9 +191,9 @@ class _Result(NamedTuple):
         return self.dot(_ARRIVED, _THROUGH) * (self.norm(_THROUGH) > 1e-3 * total)
 
     def varies(self) -> bool:
-        """Whether a logit varies over the batch by more than rounding."""
-        ranges = np.ptp(self.logits, axis=0)
-        return bool((ranges > 1e-6 * np.abs(self.logits).max()).any())
+        """Whether a logit varies by more than rounding; True if there are no logits."""
+        z = self.logits
+        return not z.size or bool((np.ptp(z, axis=0) > 1e-6 * np.abs(z).max()).any())
 
 
 class _Loss:
@@ -396,7 +396,7 @@ def _findings(loss: _Loss, domain: Any, label: Any, through: Any, plain: Any) ->
         yield found("negative_loss")
     # Logits grow with the parameters; probabilities stay where they are.
     at = (loss.run(_DOMAIN, nudge=nudge).logits for nudge in (0.0, 1000.0))
-    if domain.logits.size and not domain.varies():
+    if not domain.varies():
         yield found("constant_output")
     elif domain.logits.size and all(np.array_equal(z, z.clip(0, 1)) for z in at):
         yield found("probabilities")

@@ -125,6 +125,22 @@ def test_a_chance_zero_is_not_taken_for_an_absent_gradient():
     np.testing.assert_allclose(gradient["out"]["bias"], 0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "layer, kinds",
+    [
+        (gradient_reversal, []),
+        (lambda x, s: jax.lax.stop_gradient(x), ["detached"]),
+        (lambda x, s: x, ["missing"]),
+    ],
+)
+def test_without_logits_the_rest_is_still_judged(layer, kinds):
+    loss = dann(layer=layer)
+    for none in ([], jnp.zeros((0, 2), jnp.float32)):
+        report = reversal_report(lambda p, s: (*loss(p, s)[:2], none), make_params())  # noqa: B023
+        assert [problem.kind for problem in report.problems] == kinds
+        assert report.notes == () and np.isnan(report.logit_spread)
+
+
 def test_gradients_whose_squares_vanish():
     loss = dann(domain_loss=lambda z, s: 1e-25 * domain_loss(z, DOMAINS))
     report = reversal_report(loss, make_params())
