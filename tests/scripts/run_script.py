@@ -80,8 +80,9 @@ class Process:
         return self._stderr.result(LIMIT)
 
     def send(self, number):
-        """Sends it a signal."""
-        os.kill(self.pid, number)
+        """Sends it a signal, if it has not ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def wait(self, timeout=LIMIT):
         """Waits for its end, and tells whether it came."""

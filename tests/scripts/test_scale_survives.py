@@ -99,10 +99,10 @@ def test_kill_minus_nine_at_random_moments_loses_nothing(tmp_path, undisturbed):
         process = start(*(("--resume", run) if run.exists() else new))
         if not process.wait(rng.uniform(0, 1.1 * undisturbed[2])):
             process.send(signal.SIGKILL)
+        if process.end().returncode == -signal.SIGKILL:
             kills += 1
             in_checkpoint += any("tmp" in p.name for p in run.rglob("*"))
             steps.append(len(rows(run)))
-        process.end()
         if run.exists() and (process.returncode == 0 or kills == KILLS):
             same(run, start("--resume", run), undisturbed)
             run = tmp_path / str(kills)
