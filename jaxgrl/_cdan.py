@@ -76,7 +76,7 @@ def entropy_weights(
       traced domain out of range has nan.
 
     Raises:
-      TypeError, ValueError: As in ``domain_loss``, or if ``activation`` is another.
+      TypeError, ValueError: As in ``domain_loss``, or for another ``activation``.
     """
     logits = as_floating("label_logits", label_logits)
     otherwise = (

@@ -72,9 +72,9 @@ def domain_loss(
     front of the discriminator does the subtracting, for the feature extractor alone.
 
     Args:
-      logits: The discriminator's output before any sigmoid or softmax, floating. With
-        the axes of ``domains``, each is the logit of domain 1 of two. With one axis
-        more, that one has size ``num_domains``, or 1 for two domains.
+      logits: The discriminator's output before any sigmoid or softmax, floating.
+        ``[batch]`` or ``[batch, 1]``: the logit of domain 1, for two domains.
+        ``[batch, K]``: a logit for each domain. There may be more batch axes.
       domains: The domain of each row (example, pixel or token), integer or bool: 0 for
         the source and 1 for the target, or 0 to K - 1. Any axis may have size 1:
         ``[batch]`` goes with logits ``[batch]`` or ``[batch, K]``, and
@@ -95,8 +95,8 @@ def domain_loss(
 
     Raises:
       TypeError: If a dtype does not fit.
-      ValueError: If the shapes do not fit, or a domain is out of range. Outside ``jit``
-        ``domains`` is read for that.
+      ValueError: If the shapes do not fit, or if, outside ``jit``, a domain is out of
+        range.
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     activation = jax.nn.sigmoid if logits.shape[-1] == 1 else jax.nn.softmax

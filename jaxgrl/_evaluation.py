@@ -42,8 +42,8 @@ def proxy_a_distance(
       seed: Seed of the split into folds.
 
     Returns:
-      The named tuple ``(distance, standard_error)`` of floats. The error is binomial,
-      as if the held-out predictions were independent.
+      The named tuple ``(distance, standard_error)`` of floats. The standard error takes
+      the held-out predictions for independent.
 
     Raises:
       ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).
@@ -109,13 +109,13 @@ def information_maximization(
     nats: from 0 to log C. It is large if each prediction is certain and all classes are
     predicted. To choose the scale of a DANN without a target label, train with each
     scale and a few seeds. Of the scales that are not clearly worse than the best, take
-    the one nearest to 1. Classes must be about as frequent in the target as predicted.
+    the one nearest to 1. It takes the classes of the target for about equally frequent.
     Source: Bridle et al., NIPS 1991; Shi and Sha, 2012, https://arxiv.org/abs/1206.6438
 
     Args:
       target_logits: ``[batch, C]`` or, per pixel, ``[batch, H, W, C]``; floating.
       where: Which rows count, ``[batch]`` or ``[batch, H, W]``, as in ``domain_loss``.
-      activation: As in ``entropy_weights``. Of independent labels it returns the sum.
+      activation: As in ``entropy_weights``. For independent labels, their sum.
 
     Returns:
       A scalar, float32 or wider. It is nan if no row counts, or a counted logit is not

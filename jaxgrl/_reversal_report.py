@@ -62,7 +62,7 @@ _OPEN, _SHUT, _THROUGH, _ARRIVED, _OTHER, _CHANGE = range(6)
 
 
 class Finding(NamedTuple):
-    """A finding: its ``kind``, the same in all versions, and a ``text`` with advice."""
+    """A finding: its ``kind``, for code to compare, and a ``text`` with advice."""
 
     kind: str
     text: str
@@ -77,7 +77,7 @@ class LeafReport(NamedTuple):
         the sum of the losses, ``"not reversed"`` for the last two.
       label_norm: The norm of the label gradient.
       domain_norm: The norm of the domain gradient, before the reversal.
-      cosine: Of the angle between the two. Above 0, the two losses agree.
+      cosine: Between the two, before the reversal. Above 0, the losses agree.
     """
 
     path: str

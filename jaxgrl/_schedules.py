@@ -29,7 +29,7 @@ def dann_schedule(
     ``p = clip((step - transition_begin) / transition_steps, 0, 1)``.
 
     Pass the value to the reversal layer only. If it weights the domain loss too, the
-    features see its square, and the discriminator learns nothing while it is small.
+    features get its square, and the discriminator learns nothing while it is small.
     Source: Ganin and Lempitsky, 2015, https://proceedings.mlr.press/v37/ganin15.html
 
     Args:

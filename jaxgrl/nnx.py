@@ -17,7 +17,7 @@ from ._gradient_reversal import ScaleLike, T, gradient_reversal
 
 
 class GradientReversal(nnx.Module):
-    """``jaxgrl.gradient_reversal`` as a layer: no parameters, no rngs, no state.
+    """``jaxgrl.gradient_reversal`` as a layer: no parameters and no rngs.
 
     There are three ways to give it the scale:
 
@@ -95,8 +95,8 @@ class DANN(nnx.Module):
         Args:
           x: The inputs of the feature extractor, all domains in one batch.
           scale: The strength of the reversal, as in ``GradientReversal``.
-          **kwargs: Each goes to every module whose call names it, such as ``mask=mask``
-            for attention. A module's first argument and its ``**kwargs`` name nothing.
+          **kwargs: Each goes to every module whose call has a parameter of that name,
+            such as ``mask``. A first parameter and ``**kwargs`` do not count.
 
         Raises:
           TypeError: If no module names a keyword.
