@@ -2,16 +2,14 @@
 
 import numbers
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-A = TypeVar("A")
 
-
-def as_array(name: str, value: Any, convert: Callable[[Any], A] = jnp.asarray) -> A:
+def as_array(name: str, value: Any, convert: Callable[..., Any] = jnp.asarray) -> Any:
     """Returns ``value``, converted; raises TypeError if no array can be made of it."""
     try:
         return convert(value)

@@ -43,10 +43,9 @@ def domain_weights(
       TypeError, ValueError: As in ``domain_loss``.
     """
     shape = as_array("domains", domains).shape
-    mask_shape = () if where is None else as_array("where", where).shape
-    if len(mask_shape) == len(shape):
-        sizes = zip(shape, mask_shape, strict=True)
-        shape = tuple(m if n == 1 else n for n, m in sizes)
+    given = () if where is None else as_array("where", where).shape
+    if len(given) == len(shape):
+        shape = tuple(m if n == 1 else n for n, m in zip(shape, given, strict=True))
     member, mask = members(domains, num_domains, where, shape)
     return _row_weights(member, mask, axis_name, jnp.result_type(float))
 
@@ -95,8 +94,7 @@ def domain_loss(
 
     Raises:
       TypeError: If a dtype does not fit.
-      ValueError: If the shapes do not fit, or if, outside ``jit``, a domain is out of
-        range.
+      ValueError: If shapes do not fit, or outside ``jit`` a domain is out of range.
     """
     logits, member, mask = _checked(logits, domains, num_domains, where)
     activation = jax.nn.sigmoid if logits.shape[-1] == 1 else jax.nn.softmax

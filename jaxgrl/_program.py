@@ -69,18 +69,21 @@ def _switched(eqn: Any) -> list[Any]:
         return [eqn if params is eqn.params else eqn.replace(params=params)]
 
     def traced(function: Any, *avals: Any) -> Any:
-        (new,) = jax.make_jaxpr(function)(*avals).jaxpr.eqns
+        # A new function, since JAX would give variables that it gave before.
+        (new,) = jax.make_jaxpr(lambda *x: function(*x))(*avals).jaxpr.eqns
         # The context holds the mesh if the layer is inside a shard_map.
         return new.replace(ctx=eqn.ctx)
 
-    forks, joins, invars, outvars = [], [], list(eqn.invars), list(eqn.outvars)
+    forks, joins, around, outvars = [], [], {}, list(eqn.outvars)
+    invars = list(eqn.invars)
     for output, (wire, _) in zip(inexact, sources, strict=True):
         out = eqn.outvars[output]
-        fork, join = traced(_fork, out.aval), traced(_join, out.aval, out.aval)
-        (into, around), (ruled, _) = fork.outvars, join.invars
-        forks.append(fork.replace(invars=[invars[wire]]))
-        joins.append(join.replace(invars=[ruled, around], outvars=[out]))
-        invars[wire], outvars[output] = into, ruled
+        if wire not in around:
+            forks.append(traced(_fork, out.aval).replace(invars=[invars[wire]]))
+            invars[wire], around[wire] = forks[-1].outvars
+        join = traced(_join, out.aval, out.aval)
+        outvars[output] = join.invars[0]
+        joins.append(join.replace(invars=[join.invars[0], around[wire]], outvars=[out]))
     return [*forks, eqn.replace(invars=invars, outvars=outvars), *joins]
 
 

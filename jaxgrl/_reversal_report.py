@@ -73,8 +73,8 @@ class LeafReport(NamedTuple):
 
     Attributes:
       path: Its place in ``params``, as ``jax.tree_util.keystr`` writes it.
-      domain: Its domain gradient: ``"reversed"``, ``"plain"`` or ``"none"``; or, from
-        the sum of the losses, ``"not reversed"`` for the last two.
+      domain: Its domain gradient: ``"reversed"``, ``"plain"`` or ``"none"``. From the
+        sum of the losses it is ``"not reversed"`` in place of ``"plain"``.
       label_norm: The norm of the label gradient.
       domain_norm: The norm of the domain gradient, before the reversal.
       cosine: Between the two, before the reversal. Above 0, the losses agree.
@@ -355,7 +355,8 @@ def _findings(loss: _Loss, domain: Any, label: Any, through: Any, plain: Any) ->
         text = (_PROBLEMS | _NOTES)[kind]
         return Finding(kind, text.format(names=names, strength=strength))
 
-    if not all(np.isfinite(r.products).all() for r in (domain, label)):
+    values = domain.products, label.products, domain.losses
+    if not all(np.isfinite(value).all() for value in values):
         yield found("not_finite")
         return
     half = loss.run(_DOMAIN, 0.5)

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from report_models import DOMAINS, X, dann, label_loss, make_params, total
@@ -139,6 +140,103 @@ def test_without_logits_the_rest_is_still_judged(layer, kinds):
         report = reversal_report(lambda p, s: (*loss(p, s)[:2], none), make_params())  # noqa: B023
         assert [problem.kind for problem in report.problems] == kinds
         assert report.notes == () and np.isnan(report.logit_spread)
+
+
+@jax.custom_vjp
+def by_hand(x, scale):
+    return x
+
+
+by_hand.defvjp(
+    lambda x, scale: (x, scale),
+    lambda scale, ct: (jax.tree.map(lambda c: -scale * c, ct), None),
+)
+first_alone = jax.custom_vjp(lambda x, scale: x)
+first_alone.defvjp(
+    lambda x, scale: (x, scale), lambda scale, ct: ([-scale * ct[0], *ct[1:]], None)
+)
+SEVERAL = {
+    "by hand": by_hand,
+    "optax": lambda x, s: optax.scale_gradient(x, -s),
+    "jit": jax.jit(lambda x, s: gradient_reversal(x, s)),
+    "each": lambda x, s: [gradient_reversal(part, s) for part in x],
+    "scan": lambda x, s: jax.lax.scan(
+        lambda x, _: (by_hand(x, s), None), x, None, length=1
+    )[0],
+}
+
+
+def _of_several(layer, count, around=False):
+    """Returns the report on features of equal shapes that pass one layer together."""
+    rng = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(rng.normal(size=(count, *shape)), jnp.float32)
+        for name, shape in {"features": (3, 4), "head": (4,), "label": (4,)}.items()
+    }
+    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
+    domains = jnp.repeat(jnp.array([0, 1]), 4)
+
+    def loss(params, scale):
+        features = [jnp.tanh(x @ kernel) for kernel in params["features"]]
+        seen = layer(features, scale)
+        pairs = list(zip(seen, params["head"], strict=True))
+        logits = sum(part @ head for part, head in pairs)
+        logits += features[0][:, 0] if around else 0
+        label = sum(f @ w for f, w in zip(features, params["label"], strict=True))
+        return jnp.mean(label**2), domain_loss(logits, domains), logits
+
+    # The parameters of each part apart.
+    flat = {f"{k}{i}": v[i] for k, v in params.items() for i in range(count)}
+    joined = lambda p: {k: [p[f"{k}{i}"] for i in range(count)] for k in params}  # noqa: E731
+    return reversal_report(lambda p, s: loss(joined(p), s), flat)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_a_layer_of_several_outputs_is_read_as_a_layer_of_each(name, count):
+    report, each = (_of_several(SEVERAL[n], count) for n in (name, "each"))
+    assert report.problems == () and report.notes == ()
+    np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
+    assert [leaf.domain for leaf in report.leaves] == [
+        *["reversed"] * count,
+        *["plain"] * count,
+        *["none"] * count,
+    ]
+    numbers = [[leaf[2:] for leaf in r.leaves] for r in (report, each)]
+    np.testing.assert_allclose(*numbers, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(report.logit_spread, each.logit_spread, rtol=1e-6)
+
+
+def test_mistakes_in_one_of_several_outputs_are_named():
+    def kinds(layer, **options):
+        return [problem.kind for problem in _of_several(layer, 2, **options).problems]
+
+    assert kinds(lambda x, s: by_hand([gradient_reversal(x[0], s), x[1]], s)) == [
+        "twice"
+    ]
+    assert kinds(by_hand, around=True) == ["bypassed"]
+    report = _of_several(first_alone, 2)
+    assert [leaf.domain for leaf in report.leaves[:2]] == ["reversed", "plain"]
+
+
+def test_two_outputs_of_one_input_have_the_strength_of_one():
+    both = jax.jit(lambda x, s: (gradient_reversal(x, s), gradient_reversal(x, s)))
+    layer = lambda x, s: [sum(both(x[0], s))]  # noqa: E731
+    report = _of_several(layer, 1)
+    assert report.problems == () and report.notes == ()
+    np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_loss_that_is_not_finite_is_named_though_its_gradient_is(bad, which):
+    def loss(params, scale):
+        terms = list(dann()(params, scale))
+        terms[which] += bad
+        return terms
+
+    (problem,) = reversal_report(loss, make_params()).problems
+    assert problem.kind == "not_finite"
 
 
 def test_gradients_whose_squares_vanish():
