@@ -251,6 +251,10 @@ def test_features_may_have_any_real_dtype():
             "`target_features` must be finite, below 1e150, got nan",
         ),
         (
+            lambda: proxy_a_distance(np.array([[1, -np.inf], [np.nan, 2]]), np.eye(2)),
+            "`source_features` must be finite, below 1e150, got -inf",
+        ),
+        (
             lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 3))),
             r"`target_features` must have the trailing axes .* \(9, 3\) beside \(9, 2",
         ),

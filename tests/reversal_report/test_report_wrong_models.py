@@ -167,6 +167,11 @@ MISTAKES = {
         {"layer": lambda x, s: gradient_reversal(gradient_reversal(x, s), s)},
     ),
     "twice_in_a_loop": ("twice", "twice", {"layer": reverse_twice}),
+    "twice_with_small_features": (
+        "twice",
+        "twice",
+        {"layer": lambda x, s: 1e-4 * reverse_twice(x, s)},
+    ),
     "twice_under_jit": ("twice", "twice", {"layer": jax.jit(reverse_twice)}),
     "twice_in_a_scan": ("twice", "twice", {"layer": a_scan_of(gradient_reversal, 2)}),
     "a_second_strength": (
@@ -545,12 +550,14 @@ def test_several_mistakes_are_named_together():
 # ---- a reversal that cannot be read
 
 
-def trick(x, scale):
-    return jax.lax.stop_gradient((1 + scale) * x) - scale * x
-
-
+# With a strength of 10 the loss changes with the scale, by rounding.
+@pytest.mark.parametrize("strength", [1, 10])
 @pytest.mark.parametrize("form", ["triple", "sum"])
-def test_a_reversal_by_stop_gradient_is_asked_about(form):
+def test_a_reversal_by_stop_gradient_is_asked_about(form, strength):
+    def trick(x, scale):
+        scale = strength * scale
+        return jax.lax.stop_gradient((1 + scale) * x) - scale * x
+
     loss = dann(layer=trick)
     loss = loss if form == "triple" else total(loss)
     report = reversal_report(loss, make_params())
