@@ -505,6 +505,10 @@ def _draw_case(draw, modes, dtypes, choices=ANY):
     mode, forward_mode = one(modes), one((False, True))
     if mode == "explicit axes":
         choices = ON_EXPLICIT_AXES
+    if mode == "auto axes" and BEFORE_JAX_0_12:
+        # There the gradient of h.at[i, 0].set is wrong on a mesh, without a layer too.
+        views = [view for view in choices.views if view != "scalar"]
+        choices = choices._replace(views=views)
     if mode == "checkify":  # which JAX refuses for a shard_map in a map
         choices = choices._replace(maps=MAPS[:4])
     if not forward_mode:
@@ -515,7 +519,8 @@ def _draw_case(draw, modes, dtypes, choices=ANY):
         ops.insert(rng.randint(0, len(ops)), _draw_layer(one, choices))
     # Twice as many cases take half of the time with half of them of first order.
     orders = list(ORDERS)[: None if forward_mode else -1]
-    if mode == "explicit axes":  # JAX 0.7.2 does not shard the rows of a Jacobian
+    # JAX 0.7.2 does not shard the rows of a Jacobian.
+    if mode == "explicit axes" or (mode == "auto axes" and BEFORE_JAX_0_12):
         orders = [o for o in orders if "jac" not in o and o != "hessian"]
     order = "gradient" if one((False, True)) else one(orders)
     return Case(one(dtypes), order, mode, forward_mode, one((0, 1)), ops)
