@@ -396,7 +396,7 @@ def _findings(loss: _Loss, domain: Any, label: Any, through: Any, plain: Any) ->
     if domain.losses[1] < 0:
         yield found("negative_loss")
     # Logits grow with the parameters; probabilities stay where they are.
-    at = domain.logits, loss.run(_DOMAIN, nudge=1000.0).logits
+    at = (loss.run(_DOMAIN, nudge=nudge).logits for nudge in (0.0, 1000.0))
     if not domain.varies():
         yield found("constant_output")
     elif domain.logits.size and all(np.array_equal(z, z.clip(0, 1)) for z in at):
