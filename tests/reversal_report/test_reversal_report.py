@@ -191,7 +191,7 @@ def _of_several(layer, count, around=False):
     return reversal_report(lambda p, s: loss(joined(p), s), flat)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SEVERAL)
 def test_a_layer_of_several_outputs_is_read_as_a_layer_of_each(name, count):
     report, each = (_of_several(SEVERAL[n], count) for n in (name, "each"))
