@@ -26,7 +26,7 @@ WITHOUT_CODE = {
     "docs/how-to/index.md",
     "docs/reliability.md",
 }
-QUICK = {"README.md", "docs/index.md", "docs/api.md", "docs/how-to/plain-jax.md"}
+QUICK = {"README.md", "docs/index.md", "docs/how-to/plain-jax.md"}
 LANGUAGES = {"python", "sh", "text"}
 FENCED = re.compile(r"^( *)```(?P<language>[^\n]*)\n(?P<code>.*?)^\1```$", re.S | re.M)
 PROMISE = re.compile(r"^ *print\(.*\)  # (.*)$")
