@@ -2,14 +2,16 @@
 
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+A = TypeVar("A")
 
-def as_array(name: str, value: Any, convert: Callable[..., Any] = jnp.asarray) -> Any:
+
+def as_array(name: str, value: Any, convert: Callable[[Any], A] = jnp.asarray) -> A:
     """Returns ``value``, converted; raises TypeError if no array can be made of it."""
     try:
         return convert(value)

@@ -42,8 +42,7 @@ def proxy_a_distance(
       seed: Seed of the split into folds.
 
     Returns:
-      The named tuple ``(distance, standard_error)`` of floats. The standard error takes
-      the held-out predictions for independent.
+      The named tuple ``(distance, standard_error)`` of floats; the latter is binomial.
 
     Raises:
       ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).

@@ -74,8 +74,8 @@ def _switched(eqn: Any) -> list[Any]:
         # The context holds the mesh if the layer is inside a shard_map.
         return new.replace(ctx=eqn.ctx)
 
-    forks, joins, around, outvars = [], [], {}, list(eqn.outvars)
-    invars = list(eqn.invars)
+    forks, joins, around = [], [], {}
+    invars, outvars = list(eqn.invars), list(eqn.outvars)
     for output, (wire, _) in zip(inexact, sources, strict=True):
         out = eqn.outvars[output]
         if wire not in around:

@@ -97,11 +97,11 @@ def dann_learning_rate(
 
 def _progress(step: ArrayLike, begin: float, steps: float) -> jax.Array:
     """Returns the fraction of the transition that is done, clamped to [0, 1]."""
-    at = as_array("step", step)
-    if not is_real(at.dtype):
-        raise TypeError(f"`step` must be real, got {at.dtype}.")
-    at = at.astype(at_least_float32(at.dtype))
-    return jnp.clip((at - begin) / steps, 0.0, 1.0)
+    step = as_array("step", step)
+    if not is_real(step.dtype):
+        raise TypeError(f"`step` must be real, got {step.dtype}.")
+    step = step.astype(at_least_float32(step.dtype))
+    return jnp.clip((step - begin) / steps, 0.0, 1.0)
 
 
 def _number(name: str, value: Any, rule: str, holds: Callable[..., bool]) -> float:

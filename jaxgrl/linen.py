@@ -9,9 +9,8 @@ import jax
 try:
     from flax import linen as nn
 except ImportError as error:
-    command = "pip install 'flax>=0.12.0'"
     raise ImportError(
-        f"`jaxgrl.linen` needs Flax. Install it with: {command}"
+        "`jaxgrl.linen` needs Flax. Install it with: pip install 'flax>=0.12.0'"
     ) from error
 
 from ._dann import DANNOutput as DANNOutput

@@ -672,8 +672,8 @@ MODES = {
     "exported": _exported,
     "checkify": _checked,
 }
-ON_MESH = ["auto axes", "explicit axes"]
-PLACES = [mode for mode in MODES if SEVERAL_DEVICES or mode not in ON_MESH]
+if not SEVERAL_DEVICES:
+    del MODES["auto axes"], MODES["explicit axes"]
 
 
 def _loss(machine, ops):
@@ -762,17 +762,17 @@ def _check(case):
 
 
 DTYPES = ["float32", "float32", *LOW]
-EXACT_PLACES = [mode for mode in ("jit", "donated", "auto axes") if mode in PLACES]
+EXACT_MODES = [mode for mode in ("jit", "donated", "auto axes") if mode in MODES]
 
 
 @cases(40)
-@given(_draw_case(PLACES, DTYPES))
+@given(_draw_case(list(MODES), DTYPES))
 def test_random_programs(case):
     _check(case)
 
 
 @cases(20)
-@given(_draw_case(EXACT_PLACES, list(LOW), EXACTLY))
+@given(_draw_case(EXACT_MODES, list(LOW), EXACTLY))
 def test_the_gradient_is_rounded_once(case):
     case = case._replace(order="gradient")
     actual, expected = _actual(case), _expected(case)

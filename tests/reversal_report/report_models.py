@@ -39,6 +39,17 @@ def make_params(dtype=jnp.float32, outputs=1, width=8):
     }
 
 
+@jax.custom_vjp
+def of_a_tree(tree, scale):
+    """Reverses a tree, by hand."""
+    return tree
+
+
+of_a_tree.defvjp(
+    lambda t, s: (t, s), lambda s, g: (jax.tree.map(lambda a: -s * a, g), None)
+)
+
+
 def encode(params, scale):
     """Returns the features."""
     del scale

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from report_models import DOMAINS, X, dann, label_loss, make_params, total
+from report_models import DOMAINS, X, dann, label_loss, make_params, of_a_tree, total
 
 import jaxgrl
 import jaxgrl.nnx
@@ -142,26 +142,17 @@ def test_without_logits_the_rest_is_still_judged(layer, kinds):
         assert report.notes == () and np.isnan(report.logit_spread)
 
 
-@jax.custom_vjp
-def by_hand(x, scale):
-    return x
-
-
-by_hand.defvjp(
-    lambda x, scale: (x, scale),
-    lambda scale, ct: (jax.tree.map(lambda c: -scale * c, ct), None),
-)
 first_alone = jax.custom_vjp(lambda x, scale: x)
 first_alone.defvjp(
     lambda x, scale: (x, scale), lambda scale, ct: ([-scale * ct[0], *ct[1:]], None)
 )
 SEVERAL = {
-    "by hand": by_hand,
+    "by hand": of_a_tree,
     "optax": lambda x, s: optax.scale_gradient(x, -s),
     "jit": jax.jit(lambda x, s: gradient_reversal(x, s)),
     "each": lambda x, s: [gradient_reversal(part, s) for part in x],
     "scan": lambda x, s: jax.lax.scan(
-        lambda x, _: (by_hand(x, s), None), x, None, length=1
+        lambda x, _: (of_a_tree(x, s), None), x, None, length=1
     )[0],
 }
 
@@ -169,26 +160,21 @@ SEVERAL = {
 def _of_several(layer, count, around=False):
     """Returns the report on features of equal shapes that pass one layer together."""
     rng = np.random.default_rng(0)
+    shapes = {"features": (5, 4), "head": (4,), "label": (4,)}
     params = {
-        name: jnp.asarray(rng.normal(size=(count, *shape)), jnp.float32)
-        for name, shape in {"features": (3, 4), "head": (4,), "label": (4,)}.items()
+        name: [jnp.asarray(rng.normal(size=shape), jnp.float32) for _ in range(count)]
+        for name, shape in shapes.items()
     }
-    x = jnp.asarray(rng.normal(size=(8, 3)), jnp.float32)
-    domains = jnp.repeat(jnp.array([0, 1]), 4)
 
     def loss(params, scale):
-        features = [jnp.tanh(x @ kernel) for kernel in params["features"]]
+        features = [jnp.tanh(X @ kernel) for kernel in params["features"]]
         seen = layer(features, scale)
-        pairs = list(zip(seen, params["head"], strict=True))
-        logits = sum(part @ head for part, head in pairs)
+        logits = sum(f @ w for f, w in zip(seen, params["head"], strict=True))
         logits += features[0][:, 0] if around else 0
         label = sum(f @ w for f, w in zip(features, params["label"], strict=True))
-        return jnp.mean(label**2), domain_loss(logits, domains), logits
+        return jnp.mean(label**2), domain_loss(logits, DOMAINS), logits
 
-    # The parameters of each part apart.
-    flat = {f"{k}{i}": v[i] for k, v in params.items() for i in range(count)}
-    joined = lambda p: {k: [p[f"{k}{i}"] for i in range(count)] for k in params}  # noqa: E731
-    return reversal_report(lambda p, s: loss(joined(p), s), flat)
+    return reversal_report(loss, params)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -211,10 +197,10 @@ def test_mistakes_in_one_of_several_outputs_are_named():
     def kinds(layer, **options):
         return [problem.kind for problem in _of_several(layer, 2, **options).problems]
 
-    assert kinds(lambda x, s: by_hand([gradient_reversal(x[0], s), x[1]], s)) == [
+    assert kinds(lambda x, s: of_a_tree([gradient_reversal(x[0], s), x[1]], s)) == [
         "twice"
     ]
-    assert kinds(by_hand, around=True) == ["bypassed"]
+    assert kinds(of_a_tree, around=True) == ["bypassed"]
     report = _of_several(first_alone, 2)
     assert [leaf.domain for leaf in report.leaves[:2]] == ["reversed", "plain"]
 
