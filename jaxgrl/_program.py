@@ -21,7 +21,9 @@ def _choose(_: None, cts: tuple[Any, Any]) -> tuple[Any]:
     agreement = (jnp.sign(ruled) * jnp.sign(plain).conj()).real
     # An identity that keeps the sign, such as one that clips gradients, is no layer.
     is_layer = jnp.sum(agreement, dtype=jnp.float32) < 0
-    setting = jax.lax.axis_index(AXIS)
+    # An index over the mesh of a shard_map would count as one that varies over devices.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        setting = jax.lax.axis_index(AXIS)
     around = jnp.where(setting == OPEN, plain, 0)
     return (jnp.where(is_layer & (setting != GIVEN), around, ruled),)
 

@@ -193,7 +193,7 @@ class _Result(NamedTuple):
     def varies(self) -> bool:
         """Whether a logit varies by more than rounding; True if there are no logits."""
         z = self.logits
-        return not z.size or bool((np.ptp(z, axis=0) > 1e-6 * np.abs(z).max()).any())
+        return not (z.size and (np.ptp(z, axis=0) <= 1e-6 * np.abs(z).max()).all())
 
 
 class _Loss:
@@ -206,9 +206,7 @@ class _Loss:
         inexact = (i for i, v in arrays.items() if jnp.issubdtype(v.dtype, jnp.inexact))
         self.moving = {i: arrays[i] for i in inexact if i < count}
         if not self.moving:
-            raise ValueError(
-                f"`params` must hold a floating array, got {count} others."
-            )
+            raise ValueError(f"`params` must hold a float array, got {count} others.")
         name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
         # Of an nnx.Variable, the path ends in the value that it holds.
         self.paths = [name(flat[i][0][1:]).removesuffix(".value") for i in self.moving]

@@ -721,10 +721,10 @@ def of_mesh(axis_type):
     return mesh, NamedSharding(mesh, PartitionSpec("data"))
 
 
-def sharded(axis_type):
+def sharded(axis_type, layer=gradient_reversal):
     def loss(params, scale, x, domains):
         features = jnp.tanh(x @ params["features"])
-        seen = gradient_reversal(features, scale)
+        seen = layer(features, scale)
         logits = jnp.tanh(seen @ params["hidden"]) @ params["out"]
         sign = 1 - 2 * domains[:, None].astype(jnp.float32)
         domain = jnp.mean(jax.nn.softplus(sign * logits))
@@ -746,10 +746,27 @@ def a_batch_sharded_explicitly():
     return sharded(AxisType.Explicit)
 
 
+INSIDE = {
+    "itself": gradient_reversal,
+    "a jit": jax.jit(gradient_reversal),
+    "a checkpoint": lambda x, scale: jax.checkpoint(
+        lambda x: jnp.sin(gradient_reversal(x, scale))
+    )(x),
+    "a scan": lambda x, scale: jax.lax.scan(
+        lambda x, _: (jnp.sin(gradient_reversal(x, scale)), None), x, length=1
+    )[0],
+    "a cond": lambda x, scale: jax.lax.cond(
+        scale > -1, gradient_reversal, lambda x, scale: x, x, scale
+    ),
+    "a vmap": lambda x, scale: jax.vmap(gradient_reversal, (0, None))(x, scale),
+}
+
+
+@pytest.mark.parametrize("layer", INSIDE.values(), ids=INSIDE)
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_a_loss_under_shard_map(check_vma):
+def test_a_loss_under_shard_map(check_vma, layer):
     mesh, _ = of_mesh(AxisType.Auto)
-    inner = sharded(AxisType.Auto)[0]
+    inner = sharded(AxisType.Auto, layer)[0]
 
     def loss(params, scale, x, domains):
         def each(params, scale, x, domains):

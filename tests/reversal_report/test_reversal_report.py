@@ -473,10 +473,22 @@ ONE = jnp.float32(1)
             lambda p, s: p,
             {"n": 3, "x": 1.0},
             ValueError,
-            "`params` must hold a floating array, got 2 others",
+            "`params` must hold a float array, got 2 others",
         ),
     ],
 )
 def test_what_is_refused(loss, params, error, message):
     with pytest.raises(error, match=message):
         reversal_report(loss, params)
+
+
+def test_logits_of_masked_rows_may_be_nan():
+    inner = dann()
+
+    def loss(params, scale):
+        label, domain, logits = inner(params, scale)
+        return label, domain, logits.at[-1].set(jnp.nan)
+
+    report = reversal_report(loss, make_params())
+    assert report.problems == report.notes == ()
+    assert np.isnan(report.logit_spread) and report.strength == pytest.approx(1)
