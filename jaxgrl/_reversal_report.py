@@ -122,7 +122,7 @@ class ReversalReport:
             *(f"note ({kind}): {text}" for kind, text in self.notes),
         ]
         if not self.problems:
-            coarse = ", as far as the sum of the losses shows"
+            coarse = ", as far as the losses alone show"
             lines.append(f"no problem found{coarse * math.isnan(self.logit_spread)}")
         return "\n".join(line.rstrip() for line in lines if ": nan" not in line)
 

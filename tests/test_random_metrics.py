@@ -1,4 +1,4 @@
-"""The domain metrics on random batches, against a few lines of NumPy each.
+r"""The domain metrics on random batches, against a few lines of NumPy each.
 
 Shapes, domains, masks, weights, dtypes and the split over devices are drawn. A masked
 row holds garbage. The suite runs the same cases each time. Run others with

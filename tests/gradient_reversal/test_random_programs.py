@@ -1,4 +1,4 @@
-"""The layer in programs that nobody wrote, against ordinary autodiff.
+r"""The layer in programs that nobody wrote, against ordinary autodiff.
 
 A case is a random program with the layer at random places, and a random way to
 transform, differentiate, compile and place it. The oracle has no custom rule and no
@@ -8,9 +8,9 @@ so that its derivatives of every order are those of the law.
 
 The suite runs the same few cases each time. Run 20,000 others with
 
-    for seed in $(seq 20); do
-      JAXGRL_EXAMPLES=1000 JAX_ENABLE_COMPILATION_CACHE=false python -m pytest -q \
-        tests/gradient_reversal/test_random_programs.py -k test_random \\
+    for seed in $(seq 10); do
+      JAXGRL_EXAMPLES=1000 JAX_ENABLE_COMPILATION_CACHE=false \
+        python -m pytest -q tests/gradient_reversal/test_random_programs.py \
         --hypothesis-seed=$seed
     done
 
