@@ -470,14 +470,16 @@ def _draw_ops(rng, size, choices, depth=0):
             without = [b for b in choices.blocks if b not in ("gradient", "tangent")]
             if block == "map":
                 how = one(choices.maps)
-                # A mesh is mapped over once. In a shard_map JAX refuses an offload,
-                # eager or of third order.
-                shard = {"maps": MAPS[:4], "policies": KEEPING}
-                shard["views"] = _on_a_mesh(choices.views)
-                body = inside(part, **(shard if how in SHARD_MAPS else {}))
+                views, changed = choices.views, {}
+                if how in SHARD_MAPS:
+                    # A mesh is mapped over once. There JAX refuses an offload, eager
+                    # or of third order.
+                    views = _on_a_mesh(views)
+                    changed = {"maps": MAPS[:4], "policies": KEEPING, "views": views}
+                body = inside(part, **changed)
                 if how == "vmap, shared x" or how[0] is True:
                     kind = one(("traced", "rows", "column", "low"))
-                    first = ("layer", one(choices.views), kind, one((0, 1)))
+                    first = ("layer", one(views), kind, one((0, 1)))
                     body = [first, ("vary",), *body]
                 ops.append((block, how, body))
             elif block == "loop":
