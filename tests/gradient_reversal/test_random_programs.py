@@ -202,7 +202,7 @@ POLICIES = {
     ),
 }
 
-KEEPING = list(POLICIES)[:4]  # on the device
+KEEPING = tuple(POLICIES)[:4]  # on the device
 
 
 # The operations. Each maps [4, 4] to [4, 4]: rows and columns are as many, so that a
@@ -417,7 +417,8 @@ class Choices(NamedTuple):
     kinds: list
     blocks: list
     maps: list
-    policies: list
+    policies: tuple = tuple(POLICIES)
+    what: tuple = ("plain", "layer", "block")
 
 
 VIEWS = ["array", "complex", "many axes", "scalar", "tree", "subtrees"]
@@ -427,7 +428,7 @@ SHARD_MAPS = [(s, v, p) for s in (False, True) for v in (True, False) for p in (
 MAPS = ["vmap", "vmap, shared x", "vmap, shared scale", "map"]
 MAPS += SHARD_MAPS if SEVERAL_DEVICES else []
 
-ANY = Choices(list(PLAIN), VIEWS, list(SCALES), BLOCKS, MAPS, list(POLICIES))
+ANY = Choices(list(PLAIN), VIEWS, list(SCALES), BLOCKS, MAPS)
 # On a mesh with Explicit axes JAX refuses to move rows about.
 ON_EXPLICIT_AXES = Choices(
     ROWWISE,
@@ -435,7 +436,6 @@ ON_EXPLICIT_AXES = Choices(
     [kind for kind in SCALES if kind not in ("row", "full")],
     [block for block in BLOCKS if block != "map"],
     [],
-    list(POLICIES),
 )
 # Without rounding, and with one layer in front: what it rounds is seen in every bit.
 EXACTLY = Choices(
@@ -444,9 +444,8 @@ EXACTLY = Choices(
     [kind for kind in SCALES if kind != "from data"],
     ["branch", "checkpoint", "jit"],
     [],
-    list(POLICIES),
+    what=("plain", "block"),
 )
-WHAT = ("plain", "layer", "block")
 
 
 def _on_a_mesh(views):
@@ -463,7 +462,7 @@ def _draw_ops(rng, size, choices, depth=0):
 
     ops = []
     while size > 0:
-        what = one(("plain", "block") if choices is EXACTLY else WHAT)
+        what = one(choices.what)
         if what == "block" and size > 1 and depth < 3:
             block, part = one(choices.blocks), rng.randint(1, size - 1)
             size -= part

@@ -758,7 +758,7 @@ INSIDE = {
     "a cond": lambda x, scale: jax.lax.cond(
         scale > -1, gradient_reversal, lambda x, scale: x, x, scale
     ),
-    "a vmap": lambda x, scale: jax.vmap(gradient_reversal, (0, None))(x, scale),
+    "a vmap": jax.vmap(gradient_reversal, (0, None)),
 }
 
 
