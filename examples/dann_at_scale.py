@@ -136,7 +136,7 @@ def make_training(args, shape, classes, devices):
 # 4. The input. The order is one of pairs, for all processes; each reads its rows of
 #    every global batch. Source and target start anew, shuffled, when they are through.
 def make_input(domains, batch_size, seed, process, processes):
-    """Returns an iterator over this process's part of the global batches."""
+    """Returns an iterator over this process's part of the batches, 16 ahead."""
 
     def endless(examples, seed):
         return grain.MapDataset.range(len(examples)).shuffle(seed=seed).repeat()
@@ -151,7 +151,7 @@ def make_input(domains, batch_size, seed, process, processes):
     )
     # Batched, then sliced: process p has the rows that follow those of p - 1.
     batches = pairs.batch(batch_size // processes)[process::processes].map(load)
-    return iter(batches.to_iter_dataset())
+    return iter(batches.to_iter_dataset(grain.ReadOptions(prefetch_buffer_size=16)))
 
 
 # 5. The checkpoints: numbered, written beside the training and in one move. The digest

@@ -802,8 +802,12 @@ DTYPES = ["float32", "float32", *LOW]
 EXACT_MODES = [mode for mode in ("jit", "donated", "auto axes") if mode in MODES]
 
 
+# Nothing else takes as long as to run a program operation by operation.
+COMPILED = [mode for mode in MODES if mode != "eager"]
+
+
 @cases(40)
-@given(_draw_case(list(MODES), DTYPES))
+@given(_draw_case([*MODES, *COMPILED], DTYPES))
 def test_random_programs(case):
     _check(case)
 

@@ -360,5 +360,5 @@ def test_a_file_that_disappears_ends_the_run_by_name(tmp_path):
     next(batches)
     (data / "target" / "2.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"2\.png"):
-        for _ in range(600):  # Grain has up to 500 batches ready
+        for _ in range(40):  # Grain has up to 16 batches ready
             next(batches)
