@@ -33,7 +33,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.domains import read_domains
-from support.scale import SAVED, Folder, Metrics, read_options, run_to_end, sha256
+from support.scale import Folder, Metrics, connect, read_options, run_to_end, sha256
 from tqdm import tqdm
 
 import jaxgrl
@@ -146,8 +146,9 @@ def make_input(domains, batch_size, seed, process, processes):
         pairs = np.stack([images, domains.target[indices[1]]], axis=1)
         return {"images": pairs, "labels": labels}
 
+    seeds = map(int, np.random.SeedSequence(seed).generate_state(2))
     pairs = grain.experimental.ZipMapDataset(
-        [endless(domains.source, 2 * seed), endless(domains.target, 2 * seed + 1)]
+        list(map(endless, (domains.source, domains.target), seeds))
     )
     # Batched, then sliced: process p has the rows that follow those of p - 1.
     batches = pairs.batch(batch_size // processes)[process::processes].map(load)
@@ -169,9 +170,8 @@ def save(manager, step, state, batches, configuration):
     )
 
 
-def restore(manager, like, batches, folder, refuse):
-    """Returns the last step, its state, and moves the input to its position."""
-    step = manager.latest_step()
+def restore(manager, step, like, batches, folder, refuse):
+    """Returns the state of a step, and moves the input to its position."""
     parts = {"state": ocp.args.StandardRestore(like), "facts": ocp.args.JsonRestore()}
     try:
         found = manager.restore(step, args=ocp.args.Composite(**parts))
@@ -183,26 +183,19 @@ def restore(manager, like, batches, folder, refuse):
         path, got = folder.checkpoints / str(step), str(error)[:200]
         sys.exit(
             f"{path} must be a whole checkpoint, got {type(error).__name__}: {got}\n"
-            "Remove it to go on from the one before."
+            "If the model is another now, that is why. If the checkpoint is damaged, "
+            "move it elsewhere to go on from the one before."
         )
     folder.compare(facts["configuration"], refuse)
     batches.set_state(facts["input"])
-    return step, state
+    return state
 
 
 def main():
     """Trains, or goes on training, and prints the digest of the final state."""
     args = read_options(__doc__)
     domains = read_domains(args.data, args.refuse)
-    if args.coordinator:
-        jax.distributed.initialize(
-            args.coordinator,
-            args.num_processes,
-            args.process_id,
-            initialization_timeout=args.timeout,
-            heartbeat_timeout_seconds=args.timeout,
-            coordinator_bind_address=args.coordinator,  # not every address of the host
-        )
+    connect(args)
     devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     if args.batch_size % len(devices):
         rule = f"a multiple of the {len(devices)} devices"
@@ -221,10 +214,15 @@ def main():
         Folder(args, domains.fingerprint) as folder,
         ocp.CheckpointManager(folder.checkpoints, options=options) as manager,
     ):
-        if manager.latest_step():
-            step, state = restore(manager, abstract, batches, folder, args.refuse)
+        step = manager.latest_step() or 0
+        folder.agree("newest checkpoint", step)
+        if process == 0:
+            counts = f"{len(devices)} devices in {processes} processes"
+            print(f"Training on {counts}, from step {step}", file=sys.stderr)
+        if step:
+            state = restore(manager, step, abstract, batches, folder, args.refuse)
         else:
-            step, state = 0, init()
+            state = init()
         todo = range(step + 1, args.steps + 1)
         bar = tqdm(todo, initial=step, total=args.steps, disable=process > 0 or None)
         with Metrics(folder, step) as metrics:
@@ -239,8 +237,7 @@ def main():
                     break
         manager.wait_until_finished()
     if step < args.steps:
-        print(f"SIGTERM: saved step {step} in {folder.path}", file=sys.stderr)
-        sys.exit(SAVED)
+        folder.exit_saved(step)
     if process == 0:
         print(f"Saved in {folder.path}")
         print(f"sha256 of the final state: {sha256(state)}")

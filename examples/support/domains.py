@@ -1,6 +1,8 @@
 """Images of a labelled source and an unlabelled target: digits, folders or arrays."""
 
+import concurrent.futures
 import hashlib
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Sequence
@@ -61,8 +63,12 @@ class Files:
         """Returns images [..., height, width, channels] of bytes."""
         if np.ndim(index):
             return np.stack([self[i] for i in index])
-        with Image.open(self.paths[index]) as image:
-            pixels = np.asarray(image.convert(self.mode))
+        try:
+            with Image.open(self.paths[index]) as image:
+                pixels = np.asarray(image.convert(self.mode))
+        except OSError as error:
+            error.add_note(f"Reading {self.paths[index]}")
+            raise
         return pixels.reshape(*pixels.shape[:2], -1)
 
 
@@ -100,8 +106,9 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
     """Returns the images of a folder; each file's header is read, and no pixel."""
 
     def images(folder: pathlib.Path) -> list[pathlib.Path]:
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        return sorted(p for p in found if p.is_file())
+        walked = os.walk(folder, followlinks=True)
+        found = (pathlib.Path(at, name) for at, _, names in walked for name in names)
+        return sorted(p for p in found if p.suffix.lower() in SUFFIXES)
 
     source, target = images(path / "source"), images(path / "target")
     names = [p.relative_to(path / "source").parts[0] for p in source]
@@ -111,20 +118,20 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
         refuse(f"--data must hold {rule}, got {len(classes)} in {path / 'source'}")
     if not target:
         refuse(f"--data must hold images in target, got none in {path / 'target'}")
-    size, mode, digest = (0, 0), "", hashlib.sha256()
-    for file in (*source, *target):
-        found = (0, 0)
-        try:
-            with Image.open(file) as image:
-                found = image.size
-                size = size if mode else found
-                mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
-        except OSError:
+    files, digest = [*source, *target], hashlib.sha256()
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:  # over a network each waits
+        headers = list(pool.map(_header, files))
+    size = headers[0][0]
+    for file, (found, mode, length) in zip(files, headers, strict=True):
+        if not mode:
             refuse(f"--data must hold images, got {file}")
         if found != size:
             rule = f"images of one size, {size[0]} x {size[1]}"
             refuse(f"--data must hold {rule}, got {found[0]} x {found[1]} in {file}")
-        digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+        if mode[0] in "IF":  # Pillow would cut it off at 255
+            refuse(f"--data must hold images of bytes, got mode {mode} in {file}")
+        digest.update(f"{file.relative_to(path)} {length}\n".encode())
+    mode = "L" if {mode for _, mode, _ in headers} <= {"1", "L"} else "RGB"
     labels = np.array([classes.index(name) for name in names], np.int32)
     shape = size[1], size[0], 3 if mode == "RGB" else 1
     name = f"files {digest.hexdigest()[:16]}"
@@ -132,16 +139,25 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
     return Domains(pairs, Files(target, mode), shape, len(classes), name)
 
 
+def _header(file: pathlib.Path) -> tuple[tuple[int, int], str, int]:
+    """Returns size, mode and length of a file, the mode empty if it is no image."""
+    try:
+        with Image.open(file) as image:
+            return image.size, image.mode, file.stat().st_size
+    except OSError:
+        return (0, 0), "", 0
+
+
 def _arrays(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
     """Returns the images of a NumPy archive."""
     found: dict[str, Any] = {}
+    keys = ("source", "source_labels", "target")
     try:
         # Without pickles: a file of them runs what its author wants.
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
+            found = {name: file[name] if name in keys else 0 for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         refuse(f"--data must be a NumPy archive of plain arrays, got {path}: {error}")
-    keys = ("source", "source_labels", "target")
     if not set(keys) <= set(found):
         got = ", ".join(found) or "none"
         refuse(f"--data must hold {', '.join(keys)}, got {got} in {path}")
@@ -169,7 +185,8 @@ def _arrays(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
         refuse(f"--data must hold {rule}, got {np.unique(labels)[:10]} in {path}")
     digest = hashlib.sha256()
     for array in (source, labels, target):
-        digest.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
     if source.ndim == 3:
         source, target = source[..., None], target[..., None]
     if source.dtype != np.uint8:

@@ -1,6 +1,7 @@
 """What dann_at_scale.py needs beside its training: options, a run folder, metrics."""
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,8 +61,9 @@ def read_options(doc: str | None) -> argparse.Namespace:
     text = f"steps between two checkpoints (default: {d['checkpoint_every']})"
     add("--checkpoint-every", type=int, help=text)
     add("--output", type=path, metavar="RUN", help="new folder (default: in runs)")
-    add("--resume", type=path, metavar="RUN", help="folder of a run to go on with")
-    text = "where process 0 listens; every process gets the same"
+    text = "folder of a run to go on with; if --output is the same, RUN may be new"
+    add("--resume", type=path, metavar="RUN", help=text)
+    text = "address of the host of process 0, as the other hosts reach it"
     add("--coordinator", metavar="HOST:PORT", help=text)
     add("--num-processes", type=int, help="number of processes")
     add("--process-id", type=int, help="number of this process, from 0")
@@ -80,6 +83,8 @@ def read_options(doc: str | None) -> argparse.Namespace:
     if args.resume and args.output and args.resume.resolve() != args.output.resolve():
         args.refuse(f"--output must be absent or equal to --resume, got {args.output}")
     args.folder = args.resume or args.output
+    if args.output and not args.folder.exists():
+        args.resume = None
     args.saved = _read_configuration(args) if args.resume else {}
     for name, default in DEFAULTS.items():
         if getattr(args, name) is None:
@@ -107,8 +112,6 @@ def _check_processes(args: argparse.Namespace) -> None:
         args.refuse(f"--process-id must be {rule}, got {args.process_id}")
     if not (args.output or args.resume):
         args.refuse("--output must be given to several processes, got none")
-    several = f"{args.num_processes} processes at {args.coordinator}"
-    print(f"Waiting up to {args.timeout} s for {several}", file=sys.stderr)
 
 
 def _read_configuration(args: argparse.Namespace) -> dict[str, Any]:
@@ -123,6 +126,23 @@ def _read_configuration(args: argparse.Namespace) -> dict[str, Any]:
         args.refuse(f"--resume must be the folder of a run, got {args.resume}: {error}")
         raise
     return saved
+
+
+def connect(args: argparse.Namespace) -> None:
+    """Connects the processes of one run, if there are several."""
+    if args.coordinator:
+        several = f"{args.num_processes} processes at {args.coordinator}"
+        print(f"Waiting up to {args.timeout} s for {several}", file=sys.stderr)
+        jax.distributed.initialize(
+            args.coordinator,
+            args.num_processes,
+            args.process_id,
+            initialization_timeout=args.timeout,
+            heartbeat_timeout_seconds=args.timeout,
+            coordinator_bind_address=args.coordinator,  # not every address of the host
+            # All devices of the host. Under Slurm JAX would take one.
+            cluster_detection_method="deactivate",
+        )
 
 
 class Folder:
@@ -145,6 +165,7 @@ class Folder:
         self.checkpoints = self.path / "checkpoints"
         options = {name: getattr(args, name) for name in DEFAULTS} | {"data": data}
         self.configuration = {k: v for k, v in options.items() if k not in FREE}
+        self.agree("options, data and folder", [self.configuration, str(self.path)])
         if args.resume:
             self.compare(args.saved, args.refuse)
             for path in (self.checkpoints, self.path / "metrics.jsonl"):
@@ -154,10 +175,19 @@ class Folder:
         elif jax.process_index() == 0:
             # In one move: there is no folder without a configuration.
             draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
-            draft.mkdir(parents=True)
+            draft.mkdir(parents=True, exist_ok=True)
             text = json.dumps(options, indent=1)
             (draft / "configuration.json").write_text(text, encoding="utf-8")
             draft.rename(self.path)
+        self._lock = None
+        if jax.process_index() == 0:
+            self._lock = (self.path / "configuration.json").open("r+")
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._lock.close()
+                rule = "the folder of a run that has ended"
+                args.refuse(f"--resume must be {rule}, got {self.path}")
         multihost_utils.sync_global_devices("the folder is there")
         self._stop = False
         if jax.process_count() == 1:  # in several, JAX catches it
@@ -168,9 +198,18 @@ class Folder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, *_: Any) -> None:
-        """Adds to an error how to go on."""
+        """Lets other processes use the folder; adds to an error how to go on."""
+        if self._lock:
+            self._lock.close()
         if error:
             error.add_note(f"What was saved is whole: go on with --resume {self.path}")
+
+    def agree(self, name: str, value: Any) -> None:
+        """Ends the run if a value, as JSON, is not the same in every process."""
+        own = zlib.crc32(json.dumps(value).encode())
+        found = multihost_utils.process_allgather(np.uint32(own))
+        if (found != own).any():
+            sys.exit(f"The {name} must be the same in every process, got {value}")
 
     def compare(self, saved: Mapping[str, Any], refuse: Callable[[str], Any]) -> None:
         """Refuses a configuration that is not the one of this run."""
@@ -179,12 +218,24 @@ class Folder:
                 option = name.replace("_", "-")
                 refuse(f"--{option} must be {saved[name]} as in the run, got {value}")
 
+    def exit_saved(self, step: int) -> None:
+        """Ends a run that SIGTERM stopped, with the status that says so."""
+        print(f"SIGTERM: saved step {step} in {self.path}", file=sys.stderr)
+        sys.exit(SAVED)
+
     def _request_stop(self, *_: Any) -> None:
         self._stop = True
 
     def must_stop(self, step: int) -> bool:
         """Returns whether SIGTERM came; every process says so at the same step."""
         return self._stop or multihost_utils.reached_preemption_sync_point(step)
+
+
+def _step(line: bytes) -> Any:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class Metrics:
@@ -203,7 +254,8 @@ class Metrics:
             self.file.seek(0)
             for number in range(1, step + 1):
                 line = self.file.readline()
-                if not line.endswith(b"\n") or json.loads(line)["step"] != number:
+                if not line.endswith(b"\n") or _step(line) != number:
+                    self.file.close()
                     sys.exit(f"{self.path} must hold steps 1 to {step}, got {line!r}")
             self.file.truncate(self.file.tell())
 
@@ -264,9 +316,12 @@ def run_to_end(main: Callable[[], Any]) -> None:
         if saved or not jax.distributed.is_initialized():
             raise
         # The ordinary way out would wait for the others, and they for this one.
-        if isinstance(error, SystemExit):
-            print(error.code, file=sys.stderr)
-        else:
+        code: Any = 1
+        if not isinstance(error, SystemExit):
             traceback.print_exc()
+        elif isinstance(error.code, int):
+            code = error.code
+        else:
+            print(error.code, file=sys.stderr)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)

@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import fcntl
 import io
 import json
 import re
@@ -154,12 +155,14 @@ def restored(folder, abstract, expected):
     run = SimpleNamespace(checkpoints=folder, compare=lambda *_: None)
     try:
         with ocp.CheckpointManager(folder) as manager:
-            step, state = example.restore(manager, abstract, batches, run, pytest.fail)
+            step = manager.latest_step()
+            assert step == 5
+            state = example.restore(manager, 5, abstract, batches, run, pytest.fail)
     except SystemExit as refused:
         assert f"{folder / '5'} must be a whole checkpoint, got" in str(refused)
-        assert "Remove it to go on from the one before" in str(refused)
+        assert "move it elsewhere to go on from the one before" in str(refused)
         return "refused"
-    assert step == 5 and example.sha256(state) == expected
+    assert example.sha256(state) == expected
     return "right"
 
 
@@ -285,8 +288,56 @@ def test_an_old_folder_is_not_written_and_no_other_configuration_resumed(tmp_pat
     (run / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
     said = refused("--resume", run)
     assert "must be inside the folder, and no link out of it" in said
+    (run / "metrics.jsonl").unlink()
+    with (run / "configuration.json").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as a process that trains there
+        said = refused("--resume", run)
+    assert f"--resume must be the folder of a run that has ended, got {run}" in said
     (run / "configuration.json").write_text('{"seed": 0}')
     assert "--resume must be the folder of a run" in refused("--resume", run)
+
+
+def test_one_command_starts_a_run_and_resumes_it(tmp_path):
+    run = tmp_path / "run"
+    options = ["dann_at_scale.py", "--output", str(run), "--resume", str(run)]
+    with mock.patch.object(sys, "argv", [*options, "--steps", "7"]):
+        args = scale.read_options("")
+        assert args.resume is None and args.folder == run
+        scale.Folder(args, "digits").__exit__(None, None)
+    with mock.patch.object(sys, "argv", options):
+        args = scale.read_options("")
+        assert args.resume == run and args.steps == 7
+
+
+def test_processes_that_differ_are_refused(monkeypatch):
+    gathered = np.array([1, 2], np.uint32)
+    folder = object.__new__(scale.Folder)
+    folder.agree("seed", 3)
+    monkeypatch.setattr(
+        scale.multihost_utils, "process_allgather", lambda own: gathered
+    )
+    with pytest.raises(SystemExit, match="seed must be the same in every process, got"):
+        folder.agree("seed", 3)
+
+
+@pytest.mark.parametrize("line", ['{"step": 2}\n', "no json\n", "3\n", '{"step": 1}'])
+def test_metrics_that_do_not_fit_the_checkpoint_are_left_alone(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(line)
+    with pytest.raises(SystemExit, match="must hold steps 1 to 1, got"):
+        scale.Metrics(SimpleNamespace(path=tmp_path), 1)
+    assert path.read_text() == line
+
+
+def test_no_two_epochs_domains_or_seeds_have_the_same_order():
+    rows = np.arange(40)
+    pair = SimpleNamespace(source=domains_module.Labelled(rows, rows), target=rows)
+    orders = []
+    for seed in range(3):
+        batches = example.make_input(pair, len(rows), seed, 0, 1)
+        for _ in range(3):
+            orders += next(batches)["images"].T.tolist()
+    assert len(set(map(tuple, orders))) == 18
 
 
 def write_arrays(path, **changes):
@@ -341,6 +392,16 @@ def test_folders_of_images_are_read_as_they_are_and_wrong_ones_refused(tmp_path)
     assert found.target[3][0, 0].tolist() == [3, 0, 0]
     other = example.read_domains(data, pytest.fail)
     assert other.fingerprint == found.fingerprint
+    (data / "source" / "fox").symlink_to(data / "source" / "dog")
+    linked = example.read_domains(data, pytest.fail)
+    assert linked.classes == 3 and len(linked.source) == 7
+    (data / "source" / "fox").unlink()
+    Image.new("L", (8, 8)).save(data / "source" / "cat" / "0.png")
+    mixed = example.read_domains(data, pytest.fail)
+    assert mixed.shape == (8, 8, 3) and mixed.target[[0]].shape == (1, 8, 8, 3)
+    Image.new("I;16", (8, 8)).save(data / "target" / "4.png")
+    said = refusal(SCRIPT, "--data", data, output=kept)
+    assert "--data must hold images of bytes, got mode I;16 in" in said
     Image.new("RGB", (9, 8)).save(data / "target" / "4.png")
     said = refusal(SCRIPT, "--data", data, output=kept)
     assert "--data must hold images of one size, 8 x 8, got 9 x 8" in said
@@ -352,13 +413,19 @@ def test_folders_of_images_are_read_as_they_are_and_wrong_ones_refused(tmp_path)
     assert "--data must hold images in target, got none" in said
 
 
-def test_a_file_that_disappears_ends_the_run_by_name(tmp_path):
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_file_that_cannot_be_read_ends_the_run_by_name(tmp_path, damage):
     data = tmp_path / "data"
     write_folder(data)
     found = example.read_domains(data, pytest.fail)
     batches = example.make_input(found, 2, 0, 0, 1)
     next(batches)
-    (data / "target" / "2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2\.png"):
+    path = data / "target" / "2.png"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(OSError) as raised:
         for _ in range(40):  # Grain has up to 16 batches ready
             next(batches)
+    assert f"Reading {path}" in raised.value.__notes__
