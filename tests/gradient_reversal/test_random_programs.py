@@ -758,8 +758,8 @@ def _actual(case, machine=Transformed):
     try:
         return MODES[case.mode](everything, params, v, jnp.int32(case.index))
     except Exception as error:
-        # Some offloads JAX refuses with any function in place of the layer.
-        if machine is Transformed and _offloads(case.ops):
+        # JAX refuses some offloads, and 0.7.2 more, with a product for the layer too.
+        if machine is Transformed and (BEFORE_JAX_0_12 or _offloads(case.ops)):
             try:
                 _actual(case, Product)
             except type(error):
