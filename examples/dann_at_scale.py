@@ -11,12 +11,13 @@ rotated and without labels.
         --coordinator HOST:PORT                               # and again with 1
 
 PATH is a folder with source/CLASS/*.png and target/*.png, or a NumPy archive (.npz) of
-source, source_labels and target. RUN gets the configuration, the checkpoints and
-metrics.jsonl, an object for each step.
+source, source_labels and target that fits in memory. RUN gets the configuration, the
+checkpoints and metrics.jsonl, an object for each step. All hosts must share both.
 
 The global batch determines the result, whatever the number of devices. A run that was
-killed and resumed is bit-identical to one that was not. SIGTERM saves a checkpoint and
-exits with status 75. On a GPU set XLA_FLAGS=--xla_gpu_deterministic_ops=true for that.
+killed and resumed is bit-identical to one that was not. On a GPU this needs
+XLA_FLAGS=--xla_gpu_deterministic_ops=true. SIGTERM saves a checkpoint and exits with
+status 75, and `--output RUN --resume RUN` starts or resumes, for a scheduler.
 """
 
 import functools
@@ -217,8 +218,8 @@ def main():
         step = manager.latest_step() or 0
         folder.agree("newest checkpoint", step)
         if process == 0:
-            counts = f"{len(devices)} devices in {processes} processes"
-            print(f"Training on {counts}, from step {step}", file=sys.stderr)
+            counts = f"devices: {len(devices)}, processes: {processes}"
+            print(f"Training from step {step + 1}, {counts}", file=sys.stderr)
         if step:
             state = restore(manager, step, abstract, batches, folder, args.refuse)
         else:
