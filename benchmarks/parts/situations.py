@@ -219,7 +219,7 @@ def _(reverse):
     return dann_gradient(reverse)(PARAMS, X, 0.3), dann_by_hand(PARAMS, X, 0.3)
 
 
-@every_dann("features keep their values, bit for bit", exact=True, excerpt=True)
+@every_dann("features unchanged bit for bit, traced scale", exact=True, excerpt=True)
 def _(reverse):
     x = np.random.default_rng(0).normal(size=100).astype(np.float32)
     return jax.jit(reverse)(x, S), x
@@ -371,7 +371,7 @@ def _(reverse):
     return jax.jit(reverse)(BFLOAT16, S), BFLOAT16
 
 
-mixed_precision("bfloat16 features, scheduled float32 scale", excerpt=True)(
+mixed_precision("gradient of bfloat16 features, scheduled float32 scale", excerpt=True)(
     step(jnp.square, BFLOAT16, S)
 )
 
@@ -396,7 +396,7 @@ def _(reverse):
     return np.round(ratio.mean(), 3), np.float64(-0.3)
 
 
-mixed_precision("float16 features, scheduled float32 scale")(
+mixed_precision("gradient of float16 features, scheduled float32 scale")(
     step(jnp.square, X.astype(np.float16), S)
 )
 mixed_precision("float32 features, bfloat16 scale")(
@@ -443,7 +443,7 @@ def _(reverse):
 # Per-example scale.
 
 per_example("a scale for each example, [batch]", excerpt=True)(step(jnp.sin, X, SCALES))
-per_example("[batch] where features are as many as examples", excerpt=True)(
+per_example("gradient, scale [batch], features [batch, batch]", excerpt=True)(
     step(jnp.sin, X[:, :3], SCALES)
 )
 per_example("[batch] for images, NHWC")(step(jnp.sin, X.reshape(3, 2, 2, 1), SCALES))
