@@ -277,7 +277,7 @@ def test_the_tables_of_questions_are_those_of_the_saved_results(newest):
         "scale=10 gamma=inf rate=0.1": (
             "the features vanish, scale 10 from the first step, rate 0.1"
         ),
-        "twice=1": "strength in the loss too",
+        "twice=1": "scale on the loss too",
     }
     choices = {
         "scale": ("scale", {"1": ""}),
