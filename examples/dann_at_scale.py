@@ -147,10 +147,9 @@ def make_input(domains, batch_size, seed, process, processes):
         pairs = np.stack([images, domains.target[indices[1]]], axis=1)
         return {"images": pairs, "labels": labels}
 
-    seeds = map(int, np.random.SeedSequence(seed).generate_state(2))
-    pairs = grain.experimental.ZipMapDataset(
-        list(map(endless, (domains.source, domains.target), seeds))
-    )
+    seeds = np.random.SeedSequence(seed).generate_state(2).tolist()
+    both = zip((domains.source, domains.target), seeds, strict=True)
+    pairs = grain.experimental.ZipMapDataset([endless(*one) for one in both])
     # Batched, then sliced: process p has the rows that follow those of p - 1.
     batches = pairs.batch(batch_size // processes)[process::processes].map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(prefetch_buffer_size=16)))

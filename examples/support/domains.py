@@ -1,10 +1,9 @@
 """Images of a labelled source and an unlabelled target: digits, folders or arrays."""
 
-import concurrent.futures
 import hashlib
+import multiprocessing.pool
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -66,7 +65,7 @@ class Files:
         try:
             with Image.open(self.paths[index]) as image:
                 pixels = np.asarray(image.convert(self.mode))
-        except OSError as error:
+        except Exception as error:
             error.add_note(f"Reading {self.paths[index]}")
             raise
         return pixels.reshape(*pixels.shape[:2], -1)
@@ -106,9 +105,17 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
     """Returns the images of a folder; each file's header is read, and no pixel."""
 
     def images(folder: pathlib.Path) -> list[pathlib.Path]:
-        walked = os.walk(folder, followlinks=True)
-        found = (pathlib.Path(at, name) for at, _, names in walked for name in names)
+        found = []
+        for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+            here = pathlib.Path(at).resolve()
+            above = [here, *here.parents]  # a link to one of these would never end
+            folders[:] = [f for f in folders if (here / f).resolve() not in above]
+            found += [pathlib.Path(at, name) for name in names]
         return sorted(p for p in found if p.suffix.lower() in SUFFIXES)
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            refuse(f"--data must be readable, got {error}")
 
     source, target = images(path / "source"), images(path / "target")
     names = [p.relative_to(path / "source").parts[0] for p in source]
@@ -119,8 +126,9 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
     if not target:
         refuse(f"--data must hold images in target, got none in {path / 'target'}")
     files, digest = [*source, *target], hashlib.sha256()
-    with concurrent.futures.ThreadPoolExecutor(32) as pool:  # over a network each waits
-        headers = list(pool.map(_header, files))
+    Image.init()  # before threads do
+    with multiprocessing.pool.ThreadPool(32) as pool:  # over a network each waits
+        headers = pool.map(_header, files)
     size = headers[0][0]
     for file, (found, mode, length) in zip(files, headers, strict=True):
         if not mode:
@@ -151,15 +159,17 @@ def _header(file: pathlib.Path) -> tuple[tuple[int, int], str, int]:
 def _arrays(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
     """Returns the images of a NumPy archive."""
     found: dict[str, Any] = {}
+    names: list[str] = []
     keys = ("source", "source_labels", "target")
     try:
         # Without pickles: a file of them runs what its author wants.
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] if name in keys else 0 for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+            names = file.files
+            found = {name: file[name] for name in keys if name in names}
+    except Exception as error:  # whatever a damaged archive raises
         refuse(f"--data must be a NumPy archive of plain arrays, got {path}: {error}")
-    if not set(keys) <= set(found):
-        got = ", ".join(found) or "none"
+    if len(found) < len(keys):
+        got = ", ".join(names) or "none"
         refuse(f"--data must hold {', '.join(keys)}, got {got} in {path}")
     source, labels, target = (found[key] for key in keys)
     shapes = source.shape, labels.shape, target.shape

@@ -1,6 +1,7 @@
 """What dann_at_scale.py needs beside its training: options, a run folder, metrics."""
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import json
@@ -165,7 +166,7 @@ class Folder:
         self.checkpoints = self.path / "checkpoints"
         options = {name: getattr(args, name) for name in DEFAULTS} | {"data": data}
         self.configuration = {k: v for k, v in options.items() if k not in FREE}
-        self.agree("options, data and folder", [self.configuration, str(self.path)])
+        self.agree("options, data and folder", [options, str(self.path)])
         if args.resume:
             self.compare(args.saved, args.refuse)
             for path in (self.checkpoints, self.path / "metrics.jsonl"):
@@ -188,6 +189,10 @@ class Folder:
                 self._lock.close()
                 rule = "the folder of a run that has ended"
                 args.refuse(f"--resume must be {rule}, got {self.path}")
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    raise
+                print(f"{self.path} cannot be locked: {error}", file=sys.stderr)
         multihost_utils.sync_global_devices("the folder is there")
         self._stop = False
         if jax.process_count() == 1:  # in several, JAX catches it

@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
 import io
 import json
@@ -297,7 +298,8 @@ def test_an_old_folder_is_not_written_and_no_other_configuration_resumed(tmp_pat
     assert "--resume must be the folder of a run" in refused("--resume", run)
 
 
-def test_one_command_starts_a_run_and_resumes_it(tmp_path):
+def test_one_command_starts_a_run_and_resumes_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scale.signal, "signal", lambda *_: None)
     run = tmp_path / "run"
     options = ["dann_at_scale.py", "--output", str(run), "--resume", str(run)]
     with mock.patch.object(sys, "argv", [*options, "--steps", "7"]):
@@ -307,6 +309,12 @@ def test_one_command_starts_a_run_and_resumes_it(tmp_path):
     with mock.patch.object(sys, "argv", options):
         args = scale.read_options("")
         assert args.resume == run and args.steps == 7
+        # A file system without locks is no error.
+        monkeypatch.setattr(
+            scale.fcntl, "flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "none"))
+        )
+        scale.Folder(args, "digits").__exit__(None, None)
+    assert f"{run} cannot be locked" in capsys.readouterr().err
 
 
 def test_processes_that_differ_are_refused(monkeypatch):
@@ -396,6 +404,9 @@ def test_folders_of_images_are_read_as_they_are_and_wrong_ones_refused(tmp_path)
     linked = example.read_domains(data, pytest.fail)
     assert linked.classes == 3 and len(linked.source) == 7
     (data / "source" / "fox").unlink()
+    (data / "target" / "up").symlink_to(data)
+    assert len(example.read_domains(data, pytest.fail).target) == 4
+    (data / "target" / "up").unlink()
     Image.new("L", (8, 8)).save(data / "source" / "cat" / "0.png")
     mixed = example.read_domains(data, pytest.fail)
     assert mixed.shape == (8, 8, 3) and mixed.target[[0]].shape == (1, 8, 8, 3)
