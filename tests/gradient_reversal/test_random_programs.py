@@ -544,6 +544,9 @@ def _draw_case(draw, modes, dtypes, choices=ANY):
     if mode == "explicit axes" or (mode == "auto axes" and BEFORE_JAX_0_12):
         orders = [o for o in orders if "jac" not in o and o != "hessian"]
     order = "gradient" if one((False, True)) else one(orders)
+    # JAX 0.7.2 may refuse a vmap in a shard_map at third order, without a layer too.
+    if BEFORE_JAX_0_12 and "third" in order and _has(ops, "map"):
+        order = "grad of grad"
     return Case(one(dtypes), order, mode, forward_mode, one((0, 1)), ops)
 
 
