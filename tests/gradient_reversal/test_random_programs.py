@@ -8,11 +8,14 @@ so that its derivatives of every order are those of the law.
 
 The suite runs the same few cases each time. Run 20,000 others with
 
-    for seed in $(seq 10); do
-      JAXGRL_EXAMPLES=1000 JAX_ENABLE_COMPILATION_CACHE=false \
+    for seed in $(seq 40); do
+      JAXGRL_EXAMPLES=250 JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
         python -m pytest -q tests/gradient_reversal/test_random_programs.py \
-        --hypothesis-seed=$seed
+        --hypothesis-seed=$seed --hypothesis-show-statistics
     done
+
+The statistics count the programs that JAX refuses, or that its oldest version has
+wrong, with a product for the layer too. They are not among the 20,000.
 
 With JAX_PLATFORMS=cuda,cpu they run on a GPU. On one device no mesh is drawn.
 """
