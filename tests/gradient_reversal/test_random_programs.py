@@ -528,7 +528,7 @@ def _draw_case(draw, modes, dtypes, choices=ANY):
     mode, forward_mode = one(modes), one((False, True))
     if mode == "explicit axes":
         choices = ON_EXPLICIT_AXES
-    if mode == "auto axes" and BEFORE_JAX_0_12:
+    if mode in ("auto axes", "explicit axes") and BEFORE_JAX_0_12:
         # There XLA ends the process if it shards a constant in a loop.
         blocks = [block for block in choices.blocks if block != "loop"]
         maps = [how for how in choices.maps if how != "map"]
