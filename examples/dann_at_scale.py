@@ -148,8 +148,9 @@ def make_input(domains, batch_size, seed, process, processes):
         return {"images": pairs, "labels": labels}
 
     seeds = np.random.SeedSequence(seed).generate_state(2).tolist()
-    both = zip((domains.source, domains.target), seeds, strict=True)
-    pairs = grain.experimental.ZipMapDataset([endless(*one) for one in both])
+    pairs = grain.experimental.ZipMapDataset(
+        [endless(domains.source, seeds[0]), endless(domains.target, seeds[1])]
+    )
     # Batched, then sliced: process p has the rows that follow those of p - 1.
     batches = pairs.batch(batch_size // processes)[process::processes].map(load)
     return iter(batches.to_iter_dataset(grain.ReadOptions(prefetch_buffer_size=16)))

@@ -156,8 +156,7 @@ def restored(folder, abstract, expected):
     run = SimpleNamespace(checkpoints=folder, compare=lambda *_: None)
     try:
         with ocp.CheckpointManager(folder) as manager:
-            step = manager.latest_step()
-            assert step == 5
+            assert manager.latest_step() == 5
             state = example.restore(manager, 5, abstract, batches, run, pytest.fail)
     except SystemExit as refused:
         assert f"{folder / '5'} must be a whole checkpoint, got" in str(refused)
