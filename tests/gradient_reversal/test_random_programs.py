@@ -21,6 +21,7 @@ With JAX_PLATFORMS=cuda,cpu they run on a GPU. On one device no mesh is drawn.
 """
 
 import functools
+import pathlib
 import re
 from typing import NamedTuple
 
@@ -838,7 +839,7 @@ def _wrong(case, actual, machine=Untransformed):
     dtypes = jax.tree.map(lambda a: a.dtype, (actual, expected))
     if dtypes[0] != dtypes[1]:
         return [dtypes]
-    low = case.dtype in LOW or _has(case.ops, "dtype")
+    low = _low(case)
     wide, wrong = None, []
     for i, (a, e) in enumerate(
         zip(*map(jax.tree.leaves, (actual, expected)), strict=True)
@@ -849,13 +850,38 @@ def _wrong(case, actual, machine=Untransformed):
             continue
         error, size = np.abs(a - e).max(), np.abs(e).max()
         allowed = 0.03 * size + 1e-3 if low else 2e-4 * size + 1e-6
-        if low and not error <= allowed:
+        if not error <= allowed:
             # What rounding changes in this program, by the oracle alone.
-            wide = wide or jax.tree.leaves(_expected(case, True, machine))
-            allowed += 8 * np.abs(np.asarray(wide[i], np.float32) - e).max()
+            wide = wide or _wide(case, machine)
+            allowed += 8 * np.abs(wide[i] - e).max()
         if not error <= allowed:
             wrong.append((error, allowed))
     return wrong
+
+
+def _low(case):
+    return case.dtype in LOW or _has(case.ops, "dtype")
+
+
+def _wide(case, machine):
+    """Returns the reference in float32 for a program that has less, else in float64."""
+    if _low(case):
+        wide = _expected(case, True, machine)
+    else:
+        with jax.enable_x64(True):
+            there = _in_float64()
+            case = case._replace(dtype="float64")
+            wide = there["_expected"](case, machine=there[machine.__name__])
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(wide)]
+
+
+@functools.cache
+def _in_float64():
+    """Returns what this module defines, with float64 for float32."""
+    source = pathlib.Path(__file__).read_text().replace("float32", "float64")
+    defined = {"__name__": "float64", "__file__": __file__}
+    exec(compile(source, "float64", "exec"), defined)
+    return defined
 
 
 def _wrong_bits(case, actual, machine=Untransformed):
