@@ -24,8 +24,7 @@ def multilinear_map(features: ArrayLike, probabilities: ArrayLike) -> jax.Array:
 
     Args:
       features: ``[..., F]``, floating.
-      probabilities: ``[..., C]``, floating, with the same leading axes. The softmax of
-        the label logits, not the logits.
+      probabilities: ``[..., C]``, floating, likewise: the softmax, not the logits.
 
     Returns:
       ``[..., C * F]``, in the dtype of ``features``; multiplied in float32 or wider.

@@ -82,8 +82,7 @@ def domain_loss(
       where: Which rows count, bool, with the axes of ``domains``; all of them if None.
         Masked rows may hold anything, nan and out-of-range domains included.
       weights: Factor of each row's cross entropy, floating, with the axes of
-        ``domains``; 1 if None. Domains stay balanced if its mean over each domain is 1
-        (see ``entropy_weights``).
+        ``domains``; 1 if None. Domains stay balanced if its mean over each is 1.
       axis_name: The axis, or tuple of axes, of ``shard_map``, ``pmap`` or ``vmap`` that
         splits the batch. None under ``jit`` alone. Take ``jax.lax.pmean`` of the loss,
         inside what you differentiate, and of the gradient, to get those of the batch.

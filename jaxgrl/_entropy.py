@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 def is_activation(value: Any) -> bool:
     """Returns whether ``value`` is one of the two that stand for probabilities."""
-    return value is jax.nn.softmax or value is jax.nn.sigmoid
+    # copy.deepcopy makes another object of a jitted function, around the same one.
+    state = value.__getstate__() if type(value) is type(jax.nn.sigmoid) else None
+    copied = isinstance(state, dict) and state.get("fun") is jax.nn.sigmoid.__wrapped__
+    return copied or value is jax.nn.softmax or value is jax.nn.sigmoid
 
 
 def check_classes(
@@ -21,14 +24,13 @@ def check_classes(
             "`activation` must be jax.nn.softmax or jax.nn.sigmoid, got "
             f"{activation!r}. {otherwise}"
         )
-    least = 2 if activation is jax.nn.softmax else 1
+    kind, least = ("softmax", 2) if activation is jax.nn.softmax else ("sigmoid", 1)
     shape: Any = getattr(logits, "shape", ())
     if len(shape) < least_ndim or shape[-1] < least:
         raise ValueError(
             f"`{name}` must be [batch, ..., C] with C {least} or more for "
-            f"jax.nn.{activation.__name__}, got shape "
-            f"{jax.tree.map(jnp.shape, logits)}. For a binary head use "
-            f"`activation=jax.nn.sigmoid` and shape [batch, ..., 1]. {otherwise}"
+            f"jax.nn.{kind}, got shape {jax.tree.map(jnp.shape, logits)}. For a binary "
+            f"head use `activation=jax.nn.sigmoid`, shape [batch, ..., 1]. {otherwise}"
         )
 
 

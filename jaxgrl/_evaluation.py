@@ -46,7 +46,7 @@ def proxy_a_distance(
 
     Raises:
       ImportError: If scikit-learn is missing (the extra ``evaluation`` installs it).
-      TypeError: If features are complex, strings or objects.
+      TypeError: If features are complex, strings, objects or masked arrays.
       ValueError: If ``folds``, a shape or a value (1e150 and more too) does not fit.
     """
     try:
@@ -62,8 +62,7 @@ def proxy_a_distance(
             f"shape {target.shape} beside {source.shape}."
         )
     fewest = min(len(source), len(target))
-    most = f"the number of examples of a domain, {fewest}"
-    check_size("folds", folds, 2, fewest + 1, most)
+    check_size("folds", folds, 2, fewest + 1, f"the size of a domain, {fewest}")
     check_size("seed", seed, 0, 2**32, "2**32 - 1")
     x = np.concatenate([source, target]).reshape(len(source) + len(target), -1)
     domains = np.repeat([0, 1], [len(source), len(target)])
@@ -71,8 +70,7 @@ def proxy_a_distance(
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), logistic)
     split = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
     guesses = model_selection.cross_val_predict(model, x, domains, cv=split)
-    wrong = np.asarray(guesses) != domains
-    parts = wrong[: len(source)], wrong[len(source) :]
+    parts = np.split(np.asarray(guesses) != domains, [len(source)])
     error = sum(float(np.mean(part)) for part in parts)
     variance = sum(float(np.var(part)) / len(part) for part in parts)
     return ProxyADistance(2 * (1 - error), 2 * variance**0.5)
@@ -81,13 +79,13 @@ def proxy_a_distance(
 def _checked_features(name: str, value: ArrayLike) -> np.ndarray:
     """Returns features as float64, checked."""
     array = as_array(name, value, np.asarray)
-    if not is_real(array.dtype):
-        raise TypeError(f"`{name}` must have a real dtype, got {array.dtype}.")
+    got = f"{array.dtype}" + " with a mask" * isinstance(value, np.ma.MaskedArray)
+    if "mask" in got or not is_real(array.dtype):
+        raise TypeError(f"`{name}` must have a real dtype and no mask, got {got}.")
     array = array.astype(np.float64)
     if array.ndim < 2 or 0 in array.shape[1:]:
         raise ValueError(
-            f"`{name}` must be [examples, ...] with one column or more, got shape "
-            f"{array.shape}."
+            f"`{name}` must be [examples, ...] with a column, got shape {array.shape}."
         )
     # Squares of what is larger are not finite.
     bad = ~(np.abs(array) < 1e150)

@@ -1,7 +1,6 @@
 """Is it really reversed? Which parameter gets which gradient, and what is wrong."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ _PROBLEMS = {
     "gradient_reversal, with a positive scale, and without a stop_gradient?",
     "detached": "The domain gradient reaches no parameter that the label loss trains. "
     "Are the features detached (stop_gradient)?",
-    "no_domain_gradient": "The domain loss has no gradient. Is the output of the "
-    "discriminator a softmax of one logit?",
+    "no_domain_gradient": "No domain gradient. Is the output a softmax of one logit?",
     "scale_unused": "The strength of the reversal is {strength:.3g} at every `scale`. "
     "Pass `scale` to the layer.",
     "scale_in_loss": "`scale` weights the loss: the discriminator does not learn while "
@@ -118,13 +116,14 @@ class ReversalReport:
         lines += [
             f"strength of the reversal: {self.strength:.4g} x scale",
             f"spread of the domain logits: {self.logit_spread:.3g}",
-            *(f"problem ({kind}): {text}" for kind, text in self.problems),
-            *(f"note ({kind}): {text}" for kind, text in self.notes),
         ]
+        lines = [line.rstrip() for line in lines if ": nan" not in line]
+        lines += [f"problem ({kind}): {text}" for kind, text in self.problems]
+        lines += [f"note ({kind}): {text}" for kind, text in self.notes]
         if not self.problems:
             coarse = ", as far as the losses alone show"
             lines.append(f"no problem found{coarse * math.isnan(self.logit_spread)}")
-        return "\n".join(line.rstrip() for line in lines if ": nan" not in line)
+        return "\n".join(lines)
 
 
 def reversal_report(
@@ -207,9 +206,9 @@ class _Loss:
         self.moving = {i: arrays[i] for i in inexact if i < count}
         if not self.moving:
             raise ValueError(f"`params` must hold a float array, got {count} others.")
-        name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
         # Of an nnx.Variable, the path ends in the value that it holds.
-        self.paths = [name(flat[i][0][1:]).removesuffix(".value") for i in self.moving]
+        keys = [[k for k in flat[i][0][1:] if str(k) != ".value"] for i in self.moving]
+        self.paths = [jax.tree_util.keystr(k, simple=True, separator=".") for k in keys]
         self.arrays, self.results, self.other = arrays, {}, None
 
         def terms(arrays: Any, scale: Any) -> Any:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from ._checks import as_array
@@ -124,4 +125,6 @@ def _value(name: str, value: Any) -> Any:
     if value.ndim or not is_real(value.dtype):
         got = f"{value.dtype}{list(value.shape)}"
         raise TypeError(f"`{name}` must be a real number or a scalar array, got {got}.")
+    if not isinstance(value, Tracer):
+        _number(name, value.item(), "real", lambda v: True)
     return value.astype(at_least_float32(value.dtype))

@@ -57,5 +57,5 @@ class DANN(nn.Module):
     def __call__(
         self, x: Any, scale: ScaleLike | None = None, **kwargs: Any
     ) -> DANNOutput:
-        """As in NNX. Under ``nn.jit`` name the keywords in ``static_argnames``."""
+        """As in NNX. Under ``nn.jit`` name bool keywords in ``static_argnames``."""
         return apply_dann(self, x, scale, kwargs)

@@ -135,7 +135,7 @@ REGRESSION = "A regression head has no classes: .*held-out source.*`proxy_a_dist
             jnp.ones((3, 1)),
             {},
             ValueError,
-            rf"\(3, 1\)\. For a binary head use `activation=.*sigmoid` .*{REGRESSION}",
+            rf"\(3, 1\)\. For a binary head use `activation=.*sigmoid`, .*{REGRESSION}",
         ),
         (
             jnp.ones(3),
@@ -215,11 +215,18 @@ def test_folds_go_from_2_to_the_examples_of_the_smaller_domain():
 )
 def test_features_that_are_not_real_are_refused_by_name(dtype, shown):
     real, other = np.ones((9, 2)), np.ones((9, 2)).astype(int).astype(dtype)
-    rule = "` must have a real dtype, got " + shown
+    rule = "` must have a real dtype and no mask, got " + shown
     with pytest.raises(TypeError, match="`source_features" + rule):
         proxy_a_distance(other, real)
     with pytest.raises(TypeError, match="`target_features" + rule):
         proxy_a_distance(real, other)
+
+
+def test_a_mask_of_features_is_refused_and_not_dropped():
+    masked = np.ma.masked_greater(np.arange(18.0).reshape(9, 2), 12)
+    rule = "`target_features` must have a real dtype and no mask, got float64 with a "
+    with pytest.raises(TypeError, match=rule):
+        proxy_a_distance(np.ones((9, 2)), masked)
 
 
 def test_a_number_beyond_all_floats_is_no_feature():
@@ -240,11 +247,11 @@ def test_features_may_have_any_real_dtype():
         (lambda: proxy_a_distance(np.ones(3), np.ones((3, 1))), "`source_features` mu"),
         (
             lambda: proxy_a_distance(np.ones((9, 0)), np.ones((9, 0))),
-            r"`source_features` must be .* one column or more, got shape \(9, 0\)",
+            r"`source_features` must be .* with a column, got shape \(9, 0\)",
         ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.ones((9, 2, 0))),
-            r"`target_features` must be .* one column or more, got shape \(9, 2, 0\)",
+            r"`target_features` must be .* with a column, got shape \(9, 2, 0\)",
         ),
         (
             lambda: proxy_a_distance(np.ones((9, 2)), np.full((9, 2), np.nan)),

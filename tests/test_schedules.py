@@ -196,6 +196,16 @@ def test_values_may_be_any_real_scalar(value):
             ValueError,
             "`end_value` must be finite and real, got nan",
         ),
+        (
+            lambda: dann_schedule(9, end_value=jnp.array(jnp.nan)),
+            ValueError,
+            "`end_value` must be finite and real, got nan",
+        ),
+        (
+            lambda: dann_learning_rate(jnp.array(jnp.inf), transition_steps=9),
+            ValueError,
+            "`init_value` must be finite and real, got inf",
+        ),
         (lambda: dann_schedule(9, end_value=np.ones(3)), TypeError, "got array"),
         (lambda: dann_schedule(0), ValueError, "`transition_steps` .*1 or more, got 0"),
         (lambda: dann_schedule(-5), ValueError, "`transition_steps` .*got -5"),

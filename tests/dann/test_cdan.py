@@ -211,7 +211,7 @@ def test_a_masked_weight_may_be_anything():
         (
             lambda: entropy_weights(jnp.ones((3, 1))),
             ValueError,
-            r"got shape \(3, 1\)\. For a binary head use `activation=jax.nn.sigmoid` "
+            r"got shape \(3, 1\)\. For a binary head use `activation=jax.nn.sigmoid`, "
             r".* A regression head has no entropy: leave `weights` out",
         ),
         (

@@ -1,5 +1,7 @@
 """What the discriminator of a CDAN sees, for heads that are not a softmax too."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 
 import jaxgrl.linen
 import jaxgrl.nnx
-from jaxgrl import multilinear_map
+from jaxgrl import entropy_weights, multilinear_map
 
 FRAMEWORKS = {"nnx": jaxgrl.nnx, "linen": jaxgrl.linen}
 FEATURES = np.array([[0.5, -1.0, 2.0], [1.5, 0.25, -0.5]], np.float32)
@@ -107,6 +109,18 @@ def test_a_binary_head_with_one_logit_is_two_classes(shape):
     np.testing.assert_allclose(found, softmax(two.astype(np.float64)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [jax.nn.sigmoid, jax.nn.softmax])
+def test_a_copy_of_an_activation_is_that_activation(activation):
+    # Of a jitted function, copy.deepcopy makes another object.
+    again = copy.deepcopy(activation)
+    for z in (Z, Z[:, :1]) if activation is jax.nn.sigmoid else (Z,):
+        for function in (predictions_of, entropy_weights):
+            found, expected = (function(z, activation=f) for f in (again, activation))
+            np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match=rf"for jax\.nn\.{activation.__name__}, got"):
+        predictions_of(Z[:, 0], activation=again)
+
+
 def test_a_binary_head_conditions_the_features_on_both_classes():
     rngs = nnx.Rngs(0)
     model = jaxgrl.nnx.DANN(
@@ -194,7 +208,7 @@ def test_a_head_that_does_not_fit_is_told_what_to_use(
     )
     match = (
         rf"`label_logits` must be \[batch, \.\.\., C\] with {shown}\. For a "
-        r"binary head use `activation=jax\.nn\.sigmoid` .* "
+        r"binary head use `activation=jax\.nn\.sigmoid`, shape .* "
         r"`activation=lambda y: y` for a regression"
     )
     with pytest.raises(ValueError, match=match):

@@ -274,6 +274,23 @@ def test_a_table_is_printed():
     assert "The strength of the reversal is 0.5 x `scale`." in report.notes[0].text
 
 
+def test_names_of_parameters_change_nothing_that_is_printed():
+    def loss(params, scale):
+        features = params["nanodet"]["value"] * X[:, 0]
+        twice = gradient_reversal(gradient_reversal(features, scale), scale)
+        logits = params["head"]["key"] * twice
+        return (params["nanodet"]["value"] - 3) ** 2, domain_loss(logits, DOMAINS), []
+
+    params = {"nanodet": {"value": jnp.float32(1)}, "head": {"key": jnp.float32(0.5)}}
+    report = reversal_report(loss, params)
+    assert [leaf.path for leaf in report.leaves] == ["head.key", "nanodet.value"]
+    (problem,) = report.problems
+    assert problem.kind == "twice" and ": nanodet.value. " in problem.text
+    printed = str(report).splitlines()
+    assert f"problem (twice): {problem.text}" in printed
+    assert not any(line.startswith("spread") for line in printed)
+
+
 @pytest.mark.parametrize(
     "count, shown",
     [(3, "d0, d1, d2. "), (4, "d0, d1, d2 and 1 more. "), (7, "d2 and 4 more. ")],
