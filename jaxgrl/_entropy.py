@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 def is_activation(value: Any) -> bool:
     """Returns whether ``value`` is one of the two that stand for probabilities."""
-    # copy.deepcopy makes another object of a jitted function, around the same one.
-    state = value.__getstate__() if type(value) is type(jax.nn.sigmoid) else None
-    copied = isinstance(state, dict) and state.get("fun") is jax.nn.sigmoid.__wrapped__
-    return copied or value is jax.nn.softmax or value is jax.nn.sigmoid
+    sigmoid: Any = jax.nn.sigmoid  # copy.deepcopy makes another object of it
+    state = value.__getstate__() if type(value) is type(sigmoid) else None
+    copied = isinstance(state, dict) and state.get("fun") is sigmoid.__wrapped__
+    return copied or value is jax.nn.softmax or value is sigmoid
 
 
 def check_classes(

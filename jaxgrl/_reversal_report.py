@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
 
 from ._checks import as_floating
 from ._program import AXIS, GIVEN, OPEN, SHUT, with_switches
@@ -207,8 +208,8 @@ class _Loss:
         if not self.moving:
             raise ValueError(f"`params` must hold a float array, got {count} others.")
         # Of an nnx.Variable, the path ends in the value that it holds.
-        keys = [[k for k in flat[i][0][1:] if str(k) != ".value"] for i in self.moving]
-        self.paths = [jax.tree_util.keystr(k, simple=True, separator=".") for k in keys]
+        keys = ([k for k in flat[i][0][1:] if str(k) != ".value"] for i in self.moving)
+        self.paths = [keystr(tuple(path), simple=True, separator=".") for path in keys]
         self.arrays, self.results, self.other = arrays, {}, None
 
         def terms(arrays: Any, scale: Any) -> Any:

@@ -116,12 +116,11 @@ def _number(name: str, value: Any, rule: str, holds: Callable[..., bool]) -> flo
 
 
 def _value(name: str, value: Any) -> Any:
-    """Returns ``value``, checked, as a float or a scalar jax.Array."""
+    """Returns ``value``, checked: a float, or a scalar jax.Array, perhaps traced."""
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value.item()
     if not isinstance(value, jax.Array):
         return _number(name, value, "real", lambda v: True)
-    # It may be traced: a sweep over the largest scale is one program.
     if value.ndim or not is_real(value.dtype):
         got = f"{value.dtype}{list(value.shape)}"
         raise TypeError(f"`{name}` must be a real number or a scalar array, got {got}.")
