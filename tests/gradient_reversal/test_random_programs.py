@@ -803,7 +803,9 @@ def _refused(case, kind):
 def _check(case):
     reached = _has_layer(case.ops, without=("gradient",))
     if case.order in FORWARD and reached and not case.forward_mode:
-        with pytest.raises(TypeError, match="can't apply forward-mode"):
+        # JAX 0.7.2 says this of any custom_vjp in a shard_map that is not compiled.
+        other = "|unhashable type: 'list'" * (BEFORE_JAX_0_12 and case.mode == "eager")
+        with pytest.raises(TypeError, match="can't apply forward-mode" + other):
             _actual(case)
         return
     mixed = case.order in FORWARD_OVER_REVERSE + FORWARD or _has(case.ops, "tangent")
