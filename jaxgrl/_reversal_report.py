@@ -217,11 +217,8 @@ class _Loss:
             params, args = jax.tree.unflatten(structure, filled)
             return self._terms(loss(params, scale, *args))
 
-        def program(scale: float) -> Callable[..., Any]:
-            return self._program(terms if traced else lambda a, _: terms(a, scale))
-
-        self.programs = {1.0: program(1.0)}
-        self.programs[0.5] = self.programs[1.0] if traced else program(0.5)
+        one = self._program(terms, 1.0, traced)
+        self.programs = {1.0: one, 0.5: one if traced else self._program(terms, 0.5)}
 
     def _terms(self, returned: Any) -> list[Any]:
         """Returns label loss, domain loss and logits; a sum counts as the second."""
@@ -240,17 +237,17 @@ class _Loss:
                 raise ValueError(f"`{name}` must be a scalar, got shape {term.shape}.")
         return [term.astype(float) for term in terms]
 
-    def _program(self, terms: Callable[..., Any]) -> Callable[..., Any]:
+    def _program(self, terms: Any, scale: float, traced: bool = False) -> Any:
         """Returns a function that differentiates a weighted sum of the terms."""
         from jax.extend.core import jaxpr_as_fun  # It takes 30 ms to import.
 
-        read = jax.make_jaxpr(terms)(self.arrays, 1.0)
+        read = jax.make_jaxpr(terms, () if traced else 1)(self.arrays, scale)
         switched = with_switches(read)
         self.layers = switched is not read
 
-        def total(moving: Any, arrays: Any, scale: Any, weights: Any, nudge: Any):
-            moved = arrays | {i: _nudged(v, nudge) for i, v in moving.items()}
-            terms = jaxpr_as_fun(switched)(*jax.tree.leaves(moved), scale)
+        def total(moving: Any, arrays: Any, scale: Any, weights: Any):
+            leaves = jax.tree.leaves(arrays | moving) + [scale] * traced
+            terms = jaxpr_as_fun(switched)(*leaves)
             weighted = (w * jnp.sum(t) for w, t in zip(weights, terms, strict=True))
             return sum(weighted), terms
 
@@ -263,7 +260,7 @@ class _Loss:
         if key not in self.results:
             # The loss may not be defined nearby.
             with jax.debug_nans(False), jax.debug_infs(False):
-                given = self.moving, self.arrays, scale, weights, nudge
+                given = _nudged(self.moving, nudge), self.arrays, scale, weights
                 grads, terms = jax.tree.map(_on_host, self.programs[scale](*given))
             self.other = self.other or [g[OPEN] for g in grads.values()]
             products = np.stack(list(map(_products, grads.values(), self.other)))
@@ -288,12 +285,15 @@ class _Loss:
         return math.nan
 
 
-def _nudged(value: Any, nudge: Any) -> Any:
-    """Returns a value of the same sign nearby, or a small one for 0."""
-    shape = value.shape or (1,)
-    ramp = 1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)
-    step = (nudge * ramp / shape[-1]).astype(value.dtype).reshape(value.shape)
-    return value * (1 + step) + jnp.where(value == 0, step / value.size**0.5, 0)
+@jax.jit
+def _nudged(moving: Any, nudge: Any) -> Any:
+    """Returns values of the same sign nearby, and small ones for 0."""
+    for i, value in moving.items():
+        shape = value.shape or (1,)
+        ramp = 1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)
+        step = (nudge * ramp / shape[-1]).astype(value.dtype).reshape(value.shape)
+        moving[i] = jnp.where(value == 0, step / value.size**0.5, value * (1 + step))
+    return moving
 
 
 def _on_host(array: Any) -> np.ndarray:

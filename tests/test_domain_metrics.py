@@ -261,7 +261,7 @@ def test_micro_batches_add_up_to_the_batch():
         signs = jnp.where(domains[half] == 1, 1.0, -1.0)
         return jnp.sum(weights[half] * jax.nn.softplus(-signs * logits[half]))
 
-    loss, grad = jax.value_and_grad(domain_loss)(logits, domains)
+    loss, grad = jax.jit(jax.value_and_grad(domain_loss))(logits, domains)
     np.testing.assert_allclose(loss, 0.586, atol=5e-4)
     np.testing.assert_allclose(sum(part(logits, h) for h in halves), loss, rtol=1e-6)
     parts = sum(jax.grad(part)(logits, h) for h in halves)
@@ -273,12 +273,12 @@ def test_gradients_per_example_add_up_to_that_of_the_batch():
     x = rng.normal(size=(7, 3)).astype(np.float32)
     w = rng.normal(size=(3, 4)).astype(np.float32)
     domains, k = np.array([0, 0, 3, 1, 0, 1, 0]), {"num_domains": 4}
-    whole = jax.grad(lambda w: domain_loss(x @ w, domains, **k))(w)
+    whole = jax.jit(jax.grad(lambda w: domain_loss(x @ w, domains, **k)))(w)
 
     def of_row(w, x, domain, weight):
         return -weight * jax.nn.log_softmax(x @ w)[domain]
 
-    rows = jax.vmap(jax.grad(of_row), (None, 0, 0, 0))
+    rows = jax.jit(jax.vmap(jax.grad(of_row), (None, 0, 0, 0)))
     weights = domain_weights(domains, **k).astype(jnp.float32)
     grads = rows(w, x, domains, weights)
     np.testing.assert_allclose(grads.sum(axis=0), whole, rtol=1e-5, atol=1e-7)
@@ -288,7 +288,7 @@ def test_gradients_per_example_add_up_to_that_of_the_batch():
         loss = functools.partial(domain_loss, axis_name="batch", **k)
         return jax.grad(lambda w: loss(x @ w, domain))(w)
 
-    grads = jax.vmap(alone, axis_name="batch")(x, domains)
+    grads = jax.jit(jax.vmap(alone, axis_name="batch"))(x, domains)
     np.testing.assert_allclose(grads.mean(axis=0), whole, rtol=1e-5, atol=1e-7)
 
 
@@ -379,7 +379,8 @@ def test_low_precision_is_computed_in_float32(dtype, columns):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=shape)).astype(dtype)
     domains = np.arange(n) % (columns or 2)
     k = _k(logits)
-    value, grad = jax.value_and_grad(domain_loss)(logits, domains, **k)
+    loss = functools.partial(domain_loss, **k)
+    value, grad = jax.jit(jax.value_and_grad(loss))(logits, domains)
     assert value.dtype == jnp.float32 and grad.dtype == logits.dtype
     loss, accuracy, _ = _reference(np.asarray(logits, np.float32), domains)
     np.testing.assert_allclose(value, loss, rtol=1e-5)
@@ -402,7 +403,7 @@ def test_the_gradient_against_finite_differences():
         logits = np.random.default_rng(0).normal(size=(5, 3))
         domains, where = np.array([0, 1, 1, 2, 0]), np.array([1, 1, 1, 1, 0], bool)
         loss = functools.partial(domain_loss, num_domains=3)
-        grad = jax.grad(loss)(logits, domains, where=where)
+        grad = jax.jit(jax.grad(loss))(logits, domains, where=where)
         for index in np.ndindex(*logits.shape):
             step = np.zeros_like(logits)
             step[index] = 1e-6
