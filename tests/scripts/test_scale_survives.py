@@ -199,6 +199,20 @@ def test_two_processes_stop_together_and_end_as_one_device(tmp_path, port, scrip
 
 
 @long
+def test_a_run_may_be_resumed_on_another_number_of_devices(tmp_path, undisturbed):
+    run = tmp_path / "run"
+    process = start("--output", run, "--steps", STEPS, *OPTIONS)
+    wait_for(run, 12, process)
+    process.send(signal.SIGKILL)
+    process.end()
+    digest(start("--resume", run, devices=8))
+    lines = undisturbed[1].splitlines()
+    expected = [json.loads(line)["loss"] for line in lines]
+    found = [row["loss"] for row in rows(run)]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@long
 @pytest.mark.parametrize("lost", [1, 0])
 def test_a_process_that_dies_ends_the_other_within_the_timeout(tmp_path, port, lost):
     run = tmp_path / "run"
