@@ -260,7 +260,7 @@ class _Loss:
         if key not in self.results:
             # The loss may not be defined nearby.
             with jax.debug_nans(False), jax.debug_infs(False):
-                given = _nudged(self.moving, nudge), self.arrays, scale, weights
+                given = _nudged(dict(self.moving), nudge), self.arrays, scale, weights
                 grads, terms = jax.tree.map(_on_host, self.programs[scale](*given))
             self.other = self.other or [g[OPEN] for g in grads.values()]
             products = np.stack(list(map(_products, grads.values(), self.other)))
@@ -288,11 +288,11 @@ class _Loss:
 @jax.jit
 def _nudged(moving: Any, nudge: Any) -> Any:
     """Returns values of the same sign nearby, and small ones for 0."""
-    for i, value in moving.items():
-        shape = value.shape or (1,)
+    for i, v in moving.items():
+        shape = v.shape or (1,)
         ramp = 1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)
-        step = (nudge * ramp / shape[-1]).astype(value.dtype).reshape(value.shape)
-        moving[i] = jnp.where(value == 0, step / value.size**0.5, value * (1 + step))
+        step = (nudge * ramp / shape[-1]).astype(v.dtype).reshape(v.shape)
+        moving[i] = v * (1 + step) + jnp.where(v == 0, step / v.size**0.5, 0)
     return moving
 
 

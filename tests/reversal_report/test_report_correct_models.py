@@ -746,6 +746,23 @@ def a_batch_sharded_explicitly():
     return sharded(AxisType.Explicit)
 
 
+def test_parameters_that_are_sharded_explicitly():
+    loss, params, *args = sharded(AxisType.Explicit)
+    mesh = of_mesh(AxisType.Explicit)[0]
+    columns = NamedSharding(mesh, PartitionSpec(None, "data"))
+    params["features"] = jax.device_put(params["features"], columns)
+
+    def gathered(params, *args):
+        replicated = PartitionSpec(None, None)
+        features = jax.sharding.reshard(params["features"], replicated)
+        return loss(params | {"features": features}, *args)
+
+    with jax.set_mesh(mesh):
+        report = reversal_report(gathered, params, *args)
+    assert report.problems == ()
+    np.testing.assert_allclose(report.strength, 1, rtol=1e-5)
+
+
 INSIDE = {
     "itself": gradient_reversal,
     "a jit": jax.jit(gradient_reversal),

@@ -443,6 +443,15 @@ def test_it_runs_where_nan_is_an_error():
         assert reversal_report(loss, params).problems == ()
 
 
+def test_it_runs_without_jit():
+    params = make_params()  # whose gradients are 0 here, so that it looks nearby
+    params["out"] = jax.tree.map(jnp.zeros_like, params["out"])
+    with jax.disable_jit():
+        report = reversal_report(dann(), params)
+    assert report.problems == ()
+    assert [kind for kind, _ in report.notes] == ["constant_output"]
+
+
 def test_the_types_are_public():
     report = reversal_report(dann(layer=lambda x, s: x), make_params())
     assert type(report) is jaxgrl.ReversalReport
