@@ -23,7 +23,7 @@ from dann_digits import make_data, make_model, make_training
 from flax import nnx
 from support.choice import nearest_to_one
 from support.pictures import draw_choice
-from support.run import Run, make_parser, parse
+from support.run import RULES, Run, make_parser, parse
 
 import jaxgrl
 
@@ -75,7 +75,7 @@ def main():
     args = parse(
         parser,
         seeds=(lambda v: 2 <= v <= 1000, "between 2 and 1000"),
-        scales=(lambda v: all(0 <= s < np.inf for s in v), "finite and 0 or more"),
+        scales=(lambda v: all(RULES["scale"][0](s) for s in v), RULES["scale"][1]),
     )
     splits = [make_data(args.angle, seed) for seed in range(args.seeds)]
     data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)

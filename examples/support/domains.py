@@ -75,7 +75,8 @@ def read_domains(path: pathlib.Path | None, refuse: Callable[[str], Any]) -> Dom
     """Returns the images at a path, or scikit-learn's digits if it is None.
 
     Args:
-      path: A folder with ``source/CLASS/*.png`` and ``target/**/*.png`` (or .jpg), or a
+      path: A folder with ``source/CLASS/*.png`` and ``target/**/*.png`` (or .jpg), of
+        which hidden files and folders are left out, or a
         NumPy archive (.npz) of ``source`` and ``target``, both [n, height, width] or
         [n, height, width, channels], and ``source_labels`` [n].
       refuse: Is called with what is wrong with it, and does not return.
@@ -109,8 +110,9 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
         for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
             here = pathlib.Path(at).resolve()
             above = [here, *here.parents]  # a link to one of these would never end
-            folders[:] = [f for f in folders if (here / f).resolve() not in above]
-            found += [pathlib.Path(at, name) for name in names]
+            visible = [f for f in folders if f[0] != "."]
+            folders[:] = [f for f in visible if (here / f).resolve() not in above]
+            found += [pathlib.Path(at, name) for name in names if name[0] != "."]
         return sorted(p for p in found if p.suffix.lower() in SUFFIXES)
 
     def fail(error: OSError) -> None:
@@ -138,7 +140,7 @@ def _folders(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
             refuse(f"--data must hold {rule}, got {found[0]} x {found[1]} in {file}")
         if mode[0] in "IF":  # Pillow would cut it off at 255
             refuse(f"--data must hold images of bytes, got mode {mode} in {file}")
-        digest.update(f"{file.relative_to(path)} {length}\n".encode())
+        digest.update(os.fsencode(f"{file.relative_to(path)} {length}\n"))
     mode = "L" if {mode for _, mode, _ in headers} <= {"1", "L"} else "RGB"
     labels = np.array([classes.index(name) for name in names], np.int32)
     shape = size[1], size[0], 3 if mode == "RGB" else 1
@@ -152,7 +154,8 @@ def _header(file: pathlib.Path) -> tuple[tuple[int, int], str, int]:
     try:
         with Image.open(file) as image:
             return image.size, image.mode, file.stat().st_size
-    except OSError:
+    # The second and third: what is too large for Pillow.
+    except (OSError, ValueError, Image.DecompressionBombError):
         return (0, 0), "", 0
 
 
@@ -182,15 +185,17 @@ def _arrays(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
         rule = "source and target [n, height, width(, channels)] and source_labels [n]"
         refuse(f"--data must hold {rule}, got {shapes} in {path}")
     for name, images in (("source", source), ("target", target)):
-        is_float = np.issubdtype(images.dtype, np.floating)
-        if not (images.dtype == np.uint8 or (is_float and np.isfinite(images).all())):
-            rule = f"bytes or finite floats in {name}"
+        finite = np.issubdtype(images.dtype, np.floating)
+        finite = finite and (abs(images) <= np.finfo(np.float32).max).all()
+        if not (images.dtype == np.uint8 or finite):
+            rule = f"bytes or finite floats in {name}, as float32"
             refuse(f"--data must hold {rule}, got {images.dtype} in {path}")
     if source.dtype != target.dtype:
         rule = "source and target of one dtype"
         refuse(f"--data must hold {rule}, got {source.dtype} and {target.dtype}")
     classes = len(np.unique(labels))
-    if classes < 2 or set(np.unique(labels).tolist()) != set(range(classes)):
+    counted = labels.dtype.kind in "biuf" and classes > 1
+    if not counted or set(np.unique(labels).tolist()) != set(range(classes)):
         rule = "source_labels 0 to C - 1 of 2 or more classes"
         refuse(f"--data must hold {rule}, got {np.unique(labels)[:10]} in {path}")
     digest = hashlib.sha256()

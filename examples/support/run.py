@@ -19,12 +19,13 @@ from .files import replace, versions
 
 CHUNK = 100  # steps in one compiled call, and between two evaluations
 PACKAGES = ("jaxgrl", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+LARGEST = float(np.finfo(np.float32).max)
 RULES = {  # of the options that several examples have
     "angle": (lambda v: -180 <= v <= 180, "between -180 and 180"),
     "seeds": (lambda v: 1 <= v <= 1000, "between 1 and 1000"),
     "steps": (lambda v: v > 0 and v % CHUNK == 0, f"a positive multiple of {CHUNK}"),
-    "scale": (lambda v: 0 <= v < np.inf, "finite and 0 or more"),
-    "learning-rate": (lambda v: 0 < v < np.inf, "finite and positive"),
+    "scale": (lambda v: 0 <= v <= LARGEST, "finite in float32 and 0 or more"),
+    "learning-rate": (lambda v: 0 < v <= LARGEST, "finite in float32 and positive"),
 }
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import time
@@ -40,7 +41,7 @@ RULES = {
     "checkpoint-every": (lambda v: v > 0, "positive"),
     "seed": (lambda v: 0 <= v < 2**31, "between 0 and 2147483647"),
     "num-processes": (lambda v: v > 0, "positive"),
-    "timeout": (lambda v: v > 0, "positive"),
+    "timeout": (lambda v: 0 < v < 10**6, "between 1 and 999999"),
 }
 
 
@@ -179,7 +180,13 @@ class Folder:
             draft.mkdir(parents=True, exist_ok=True)
             text = json.dumps(options, indent=1)
             (draft / "configuration.json").write_text(text, encoding="utf-8")
-            draft.rename(self.path)
+            try:
+                draft.rename(self.path)
+            except OSError:
+                if not self.path.exists():
+                    raise
+                shutil.rmtree(draft)  # another job was first
+                args.refuse(f"--output must be a new folder, got {self.path}")
         self._lock = None
         if jax.process_index() == 0:
             self._lock = (self.path / "configuration.json").open("r+")

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -231,7 +232,9 @@ def test_a_flipped_number_is_found_even_where_the_format_finds_nothing(tmp_path)
         ("--steps 0", "--steps must be between 1 and 999999999, got 0"),
         ("--batch-size 12", "--batch-size must be a multiple of the 8 devices, got 12"),
         ("--checkpoint-every 0", "--checkpoint-every must be positive, got 0"),
-        ("--scale nan", "--scale must be finite and 0 or more, got nan"),
+        ("--scale nan", "--scale must be finite in float32 and 0 or more, got nan"),
+        ("--scale 1e39", "--scale must be finite in float32 and 0 or more, got 1e+39"),
+        ("--timeout 9999999", "--timeout must be between 1 and 999999, got 9999999"),
         ("--seed -1", "--seed must be between 0 and 2147483647, got -1"),
         ("--data none", "--data must be a folder or a file of arrays, got none"),
         ("--coordinator a:1", "--coordinator must be given together with --num-proc"),
@@ -302,9 +305,13 @@ def test_one_command_starts_a_run_and_resumes_it(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     options = ["dann_at_scale.py", "--output", str(run), "--resume", str(run)]
     with mock.patch.object(sys, "argv", [*options, "--steps", "7"]):
-        args = scale.read_options("")
+        args, late = scale.read_options(""), scale.read_options("")
         assert args.resume is None and args.folder == run
         scale.Folder(args, "digits").__exit__(None, None)
+        with pytest.raises(SystemExit):  # another job, started at the same time
+            scale.Folder(late, "digits")
+        assert f"--output must be a new folder, got {run}" in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == [run]
     with mock.patch.object(sys, "argv", options):
         args = scale.read_options("")
         assert args.resume == run and args.steps == 7
@@ -363,6 +370,14 @@ WRONG = {
     "shapes": ({"target": np.zeros((5, 9, 8))}, "must hold source and target [n, "),
     "labels": ({"source_labels": np.arange(6) + 1}, "source_labels 0 to C - 1"),
     "one class": ({"source_labels": np.zeros(6)}, "source_labels 0 to C - 1"),
+    "dates": (
+        {"source_labels": (np.arange(6) % 2).astype("datetime64[ns]")},
+        "source_labels 0 to C - 1",
+    ),
+    "beyond float32": (
+        {"source": np.full((6, 8, 8), 1e39), "target": np.ones((5, 8, 8))},
+        "bytes or finite floats in source",
+    ),
     "nan": ({"source": np.full((6, 8, 8), np.nan)}, "bytes or finite floats in source"),
     "dtypes": ({"source": np.zeros((6, 8, 8))}, "source and target of one dtype"),
     "pickle": ({"target": np.array([{}] * 5)}, "a NumPy archive of plain arrays"),
@@ -418,6 +433,19 @@ def test_folders_of_images_are_read_as_they_are_and_wrong_ones_refused(tmp_path)
     assert "4.png" in said
     (data / "target" / "4.png").write_text("no image")
     assert "must hold images, got" in refusal(SCRIPT, "--data", data, output=kept)
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 10):
+        Image.new("L", (8, 8)).save(data / "target" / "4.png")
+        said = refusal(SCRIPT, "--data", data, output=kept)
+        assert "must hold images, got" in said
+    (data / "target" / "4.png").unlink()
+    hidden = data / "source" / ".ipynb_checkpoints"
+    hidden.mkdir()
+    for path in (hidden / "0.png", data / "target" / "._0.png"):
+        path.write_text("no image")
+    odd = os.fsdecode(bytes(data / "target") + b"/caf\xe9.png")  # no UTF-8
+    (data / "target" / "0.png").rename(odd)
+    visible = example.read_domains(data, pytest.fail)
+    assert visible.classes == 2 and len(visible.target) == 4
     shutil.rmtree(data / "target")
     said = refusal(SCRIPT, "--data", data, output=kept)
     assert "--data must hold images in target, got none" in said
