@@ -72,10 +72,11 @@ def main():
     parser.add_argument(
         "--scales", type=float, nargs="+", default=SCALES, help="the grid"
     )
+    holds, rule = RULES["scale"]
     args = parse(
         parser,
         seeds=(lambda v: 2 <= v <= 1000, "between 2 and 1000"),
-        scales=(lambda v: all(RULES["scale"][0](s) for s in v), RULES["scale"][1]),
+        scales=(lambda v: all(map(holds, v)), rule),
     )
     splits = [make_data(args.angle, seed) for seed in range(args.seeds)]
     data = jax.tree.map(lambda *arrays: jnp.stack(arrays), *splits)

@@ -258,9 +258,8 @@ class _Loss:
         """Returns the result for a weighted sum of the terms, at parameters nearby."""
         key = *weights, scale, nudge
         if key not in self.results:
-            # The loss may not be defined nearby.
-            with jax.debug_nans(False), jax.debug_infs(False):
-                given = _nudged(dict(self.moving), nudge), self.arrays, scale, weights
+            with jax.debug_nans(False), jax.debug_infs(False):  # Nearby it may be nan.
+                given = _nudged(self.moving, nudge), self.arrays, scale, weights
                 grads, terms = jax.tree.map(_on_host, self.programs[scale](*given))
             self.other = self.other or [g[OPEN] for g in grads.values()]
             products = np.stack(list(map(_products, grads.values(), self.other)))
@@ -288,12 +287,13 @@ class _Loss:
 @jax.jit
 def _nudged(moving: Any, nudge: Any) -> Any:
     """Returns values of the same sign nearby, and small ones for 0."""
+    moved = {}
     for i, v in moving.items():
         shape = v.shape or (1,)
         ramp = 1 + jax.lax.broadcasted_iota(jnp.float32, shape, len(shape) - 1)
         step = (nudge * ramp / shape[-1]).astype(v.dtype).reshape(v.shape)
-        moving[i] = v * (1 + step) + jnp.where(v == 0, step / v.size**0.5, 0)
-    return moving
+        moved[i] = v * (1 + step) + jnp.where(v == 0, step / v.size**0.5, 0)
+    return moved
 
 
 def _on_host(array: Any) -> np.ndarray:

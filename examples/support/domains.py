@@ -12,6 +12,8 @@ import scipy.ndimage
 import sklearn.datasets
 from PIL import Image
 
+from .run import LARGEST
+
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
@@ -75,10 +77,10 @@ def read_domains(path: pathlib.Path | None, refuse: Callable[[str], Any]) -> Dom
     """Returns the images at a path, or scikit-learn's digits if it is None.
 
     Args:
-      path: A folder with ``source/CLASS/*.png`` and ``target/**/*.png`` (or .jpg), of
-        which hidden files and folders are left out, or a
-        NumPy archive (.npz) of ``source`` and ``target``, both [n, height, width] or
-        [n, height, width, channels], and ``source_labels`` [n].
+      path: A folder with ``source/CLASS/*.png`` and ``target/**/*.png`` (or .jpg),
+        without hidden files and folders, or a NumPy archive (.npz) of ``source`` and
+        ``target``, both [n, height, width] or [n, height, width, channels], and
+        ``source_labels`` [n].
       refuse: Is called with what is wrong with it, and does not return.
     """
     if path is None:
@@ -185,19 +187,19 @@ def _arrays(path: pathlib.Path, refuse: Callable[[str], Any]) -> Domains:
         rule = "source and target [n, height, width(, channels)] and source_labels [n]"
         refuse(f"--data must hold {rule}, got {shapes} in {path}")
     for name, images in (("source", source), ("target", target)):
-        finite = np.issubdtype(images.dtype, np.floating)
-        finite = finite and (abs(images) <= np.finfo(np.float32).max).all()
+        is_float = np.issubdtype(images.dtype, np.floating)
+        finite = is_float and (abs(images) <= LARGEST).all()
         if not (images.dtype == np.uint8 or finite):
             rule = f"bytes or finite floats in {name}, as float32"
             refuse(f"--data must hold {rule}, got {images.dtype} in {path}")
     if source.dtype != target.dtype:
         rule = "source and target of one dtype"
         refuse(f"--data must hold {rule}, got {source.dtype} and {target.dtype}")
-    classes = len(np.unique(labels))
-    counted = labels.dtype.kind in "biuf" and classes > 1
-    if not counted or set(np.unique(labels).tolist()) != set(range(classes)):
+    values = np.unique(labels)
+    classes, is_number = len(values), labels.dtype.kind in "biuf"
+    if classes < 2 or not is_number or set(values.tolist()) != set(range(classes)):
         rule = "source_labels 0 to C - 1 of 2 or more classes"
-        refuse(f"--data must hold {rule}, got {np.unique(labels)[:10]} in {path}")
+        refuse(f"--data must hold {rule}, got {values[:10]} in {path}")
     digest = hashlib.sha256()
     for array in (source, labels, target):
         digest.update(f"{array.dtype} {array.shape}".encode())

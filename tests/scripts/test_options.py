@@ -22,12 +22,12 @@ ADAPTATION = "benchmarks/adaptation.py"
         (
             DIGITS,
             "--scale -1",
-            "--scale must be finite in float32 and 0 or more",
+            "--scale must be finite in float32 and 0 or more, got -1.0",
         ),
         (
             DIGITS,
             "--learning-rate inf",
-            "--learning-rate must be finite in float32",
+            "--learning-rate must be finite in float32 and positive",
         ),
         (MOONS, "--steps 150", "--steps must be a positive multiple of 100, got 150"),
         (IMAGES, "--data none", "--data must be an existing file, got none"),
@@ -35,7 +35,7 @@ ADAPTATION = "benchmarks/adaptation.py"
         (
             CHOICE,
             "--scales 0 -1",
-            "--scales must be finite in float32 and 0 or",
+            "--scales must be finite in float32 and 0 or more, got [0.0, -",
         ),
         (CHOICE, "--seeds 1", "--seeds must be between 2 and 1000, got 1"),
         (CHOICE, "--angle nan", "--angle must be between -180 and 180, got nan"),
